@@ -111,17 +111,19 @@ def prefill(model, sequences, tokens_per_pass=16384):
     if not sequences or not all(sequences):
         raise ValueError("prefill needs at least one sequence, and every sequence at least one token")
     device = next(model.parameters()).device
-    trunk, hiddens, waiting = Trunk(map(len, sequences)), [], []
-    for rank, i in enumerate(trunk.order):
-        waiting.append(i)
-        is_last = rank + 1 == len(sequences)
-        if not is_last and sum(trunk.lengths[j] for j in waiting) + trunk.lengths[trunk.order[rank + 1]] <= tokens_per_pass:
-            continue
-        trunk.pass_start, trunk.pass_lengths = trunk.starts[waiting[0]], [trunk.lengths[j] for j in waiting]
-        tokens_T = torch.tensor([token for j in waiting for token in sequences[j]], device=device)
-        positions_T = torch.cat([torch.arange(n, device=device) for n in trunk.pass_lengths])
+    trunk, passes, room = Trunk(map(len, sequences)), [], 0
+    for i in trunk.order:
+        if trunk.lengths[i] > room:
+            passes.append([])
+            room = tokens_per_pass
+        passes[-1].append(i)
+        room -= trunk.lengths[i]
+    hiddens = []
+    for members in passes:
+        trunk.pass_start, trunk.pass_lengths = trunk.starts[members[0]], [trunk.lengths[i] for i in members]
+        tokens_T = torch.tensor([token for i in members for token in sequences[i]], device=device)
+        positions_T = torch.cat([torch.arange(length, device=device) for length in trunk.pass_lengths])
         hiddens.append(model(tokens_T[None], positions_T[None], trunk)[0])
-        waiting = []
     trunk.hidden_ND = torch.cat(hiddens)
     return trunk
 
@@ -228,14 +230,15 @@ def branch(model, trunk, forks, params):
     limits_R, owners_R = torch.tensor(limits, device=device), torch.tensor(owners, device=device)
     prefix_R = torch.tensor([fork.length for fork in forks], device=device)[owners_R]
     stops_1X = torch.tensor([params.stop_token_ids], dtype=torch.int64, device=device)
-    R = len(row_ids)
-    tokens_RS, logprobs_RS = torch.zeros(R, steps, dtype=torch.int64, device=device), torch.zeros(R, steps, device=device)
-    lengths_R, slots_R = torch.zeros(R, dtype=torch.int64, device=device), torch.arange(R, device=device)
+    slots_R = torch.arange(len(row_ids), device=device)  # which row of the buffers a live row writes to
+    tokens_RS = torch.zeros(len(row_ids), steps, dtype=torch.int64, device=device)
+    logprobs_RS = torch.zeros(len(row_ids), steps, device=device)
+    lengths_R = torch.zeros_like(slots_R)
 
     cache = Branch(trunk, forks, capacity=min(64, steps + 1))
     ends_R = torch.tensor([trunk.starts[fork.sequence] + fork.length - 1 for fork in forks], device=device)
     logits_RV = model.logits(trunk.hidden_ND[ends_R])[owners_R]
-    alive_R = torch.ones(R, dtype=torch.bool, device=device)
+    alive_R = torch.ones_like(slots_R, dtype=torch.bool)
     for step in range(steps):
         positions_R = prefix_R[slots_R] + step
         token_R, logprob_R = sample(logits_RV, params.temperature, noise, slots_R, positions_R)

@@ -209,7 +209,8 @@ def test_template_sources_in_order(folder):
 
 def test_template_language_is_that_of_transformers(folder):
     """tojson without HTML escapes, loop controls, the generation tag, strftime_now with the pinned date."""
-    template = ("  {% if true %}{% endif %}{% for m in messages %}{% generation %}{{ m.content | tojson }}{%- endgeneration -%} {% break %}"
+    template = ("  {% if true %}{% endif %}{% for m in messages %}{% generation %}{{ m.content | tojson }}"
+                "{%- endgeneration -%} {% break %}"
                 "{% endfor %}{{ strftime_now('%Y') }} {{ date_string }} {{ eos_token }} {{ bos_token }}")
     tokenizer = Tokenizer.from_pretrained(folder(chat_template=template))
     assert prompt(tokenizer, "<é>'&") == "\"<é>'&\"2024 26 Jul 2024 <|im_end|> "

@@ -1,0 +1,652 @@
+"""BREAD: GRPO that branches from an expert's trace where the model's own attempts all fail.
+
+Zhang, Huang, Li, Ni, Chen, Oymak: "BREAD: Branched Rollouts from Expert Anchors Bridge SFT & RL for Reasoning",
+arXiv 2506.17211, NeurIPS 2025. One training step, as `train` below carries it out:
+
+    1  Sample G rollouts of every problem from the policy, unaided.                                  sample_groups
+    2  Where none of them is right, cut the expert's trace into K episodes and binary-search the
+       shortest prefix (the anchor) from which some of a FRESH group of G rollouts are right.        search_anchors
+    3  That group, every rollout of it behind the same anchor, stands in for the failed one.
+    4  Advantage of a rollout: (its reward - the mean of its group) / the std of its group.        group_advantages
+    5  Clipped GRPO loss on the tokens that the policy sampled; question and anchor are only context.     grpo_loss
+
+    paper         here                             what it is
+    q             problem.prompt_ids               token ids of the rendered question
+    e             problem.expert_ids, .cuts        token ids of the expert's trace, and where its episodes end
+    G, K          --group-size, --max-episodes
+    o_i, r_i      completion_ids, reward           what rollout i sampled (stop token included), and 1.0 or 0.0
+    A_i           advantages_B                     (B,) one per rollout, the same for all of its tokens
+    pi, pi_old    logprobs_BT, old_logprobs_BT     (B, T) natural logarithms at the sampling temperature
+    (mask)        loss_mask_BT                     (B, T) 1 on sampled tokens; 0 on question, anchor and padding
+
+The paper leaves room; these choices are ours: a group triggers a search when it holds no success; a probe is accepted
+with 1 .. G-1 successes; no cut lies behind the first statement of the answer; a problem without accepted cut is
+skipped (--on-fail); the loss is a token mean, clipped at 0.2 / 0.2, without KL; G = 8, K = 10, temperature 1.
+
+Dimension key: B rows of a micro-batch   T positions   N tokens that carry loss   G rollouts of a group
+"""
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import math
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+# Threads that spin at barriers collapse as soon as another program takes a core (10 to 40 times slower, measured);
+# threads that sleep do not. Has to be set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import model as plain
+import report
+from config import Config, parse_args
+from rewards import extract_answer, math_reward, parse_gold
+from sampler import Fork, SamplingParams, branch, prefill
+from traces import Problem, Tokenizer, load_problems
+
+HINT_ROOM = 64  # tokens for the words around a hint; the hint itself counts toward the answer, as every anchor does
+EXAMPLE = Path(__file__).resolve().parent / "examples" / "chain"
+
+
+@dataclasses.dataclass
+class Rollout:
+    """One answer to a problem: prompt_ids | anchor_ids | completion_ids. Only the last part carries loss."""
+    problem: Problem
+    cut: int                   # how many tokens of the expert's trace it was shown
+    prompt_ids: list
+    anchor_ids: list           # those tokens; empty where they were shown as a hint inside the prompt instead
+    completion_ids: list
+    logprobs: list | None      # one per completion token; None for an expert's trace, which nobody sampled
+    finish_reason: str
+    reward: float
+    advantage: float = 0.0
+
+
+# ---------------------------------------------------------------- the algorithm
+
+
+def train(run):
+    """Train to the end of the run. The numbers are those of the algorithm at the top of this file."""
+    config = run.config
+    run.announce()
+    run.evaluate()
+    while not run.is_finished():
+        problems = run.next_problems()
+        if config.method == "sft":
+            groups = [[expert_rollout(run, problem, advantage=1.0)] for problem in problems]
+        else:
+            with run.clock("sample"):
+                groups = sample_groups(run, [(problem, 0) for problem in problems], "base")            # 1
+                run.unaided = report.mean(rollout.reward for group in groups for rollout in group)
+                failed = [i for i, group in enumerate(groups) if num_successes(group) == 0]
+                anchored = search_anchors(run, [problems[i] for i in failed])                          # 2
+                for i in failed:
+                    groups[i] = anchored.get(problems[i].id) or after_failure(run, groups[i])          # 3
+            for group in groups:
+                set_advantages(group, divide_by_std=not config.no_std)                                 # 4
+        with run.clock("update"):
+            update(run, groups)                                                                        # 5
+        run.step += 1
+        run.evaluate()
+        run.report(groups)
+        run.save()
+    run.conclude()
+
+
+def sample_groups(run, points, kind, trunk=None, group_size=None, temperature=None):
+    """A fresh group of rollouts for every (problem, cut) of `points`, in order; cut 0 is the bare question.
+
+    trunk: (Trunk, {problem id: sequence}) holding question and trace of these problems; without one, the prompts
+    are prefilled here. kind ("base", "probe", "resample", "eval") names the counter of the sampled tokens.
+    """
+    c, G, groups = run.config, group_size or run.config.group_size, []
+    temperature = c.temperature if temperature is None else temperature
+    params = SamplingParams(c.max_new_tokens, temperature, run.tokenizer.stop_token_ids, c.seed)
+    per_call = max(1, c.sample_batch_size // G)
+    for begin in range(0, len(points), per_call):
+        forks, contexts = [], [run.context(problem, cut) for problem, cut in points[begin:begin + per_call]]
+        for i, (problem, cut, prompt_ids, anchor_ids) in enumerate(contexts):
+            row_ids = tuple(draw_id(run.step, kind, problem.id, cut, sample) for sample in range(G))
+            sequence = i if trunk is None else trunk[1][problem.id]
+            forks.append(Fork(sequence, len(prompt_ids) + len(anchor_ids), row_ids, c.max_new_tokens - cut))
+        cache = trunk[0] if trunk else run.prefill([prompt + anchor for _, _, prompt, anchor in contexts], kind)
+        groups += [[run.rollout(*context, completion) for completion in completions]
+                   for context, completions in zip(contexts, branch(run.model, cache, forks, params))]
+    run.tokens[kind] += sum(len(rollout.completion_ids) for group in groups for rollout in group)
+    return groups
+
+
+def search_anchors(run, problems):
+    """Episode Anchor Search for all failed problems in lockstep: {problem id: group of the accepted probe}.
+
+    Every search names a cut, one batched branch serves them all, the success counts go back. Question and trace of
+    each problem are prefilled once, however many probes follow.
+    """
+    by_id, probes, accepted = {problem.id: problem for problem in problems}, {}, {}
+    policies = {problem.id: anchor_policy(run, problem) for problem in problems}
+    trunk, replies = None, dict.fromkeys(by_id)  # the first thing sent to a generator is None
+    if problems and run.config.method == "bread" and run.config.anchor_placement == "prefill":
+        sequences = [problem.prompt_ids + problem.expert_ids for problem in by_id.values()]
+        trunk = run.prefill(sequences, "probe"), {key: i for i, key in enumerate(by_id)}
+    while replies:
+        asked = {}
+        for key, count in replies.items():
+            try:
+                asked[key] = policies[key].send(count)
+            except StopIteration as done:
+                if done.value is not None:
+                    accepted[key] = probes[key, done.value]
+        points = [(by_id[key], by_id[key].cuts[cut]) for key, cut in asked.items()]
+        groups = sample_groups(run, points, "probe", trunk)
+        probes.update(zip(asked.items(), groups))
+        replies = {key: num_successes(group) for key, group in zip(asked, groups)}
+    run.searched = len(problems), len(probes), list(accepted.values())
+    return accepted
+
+
+def anchor_policy(run, problem):
+    """The generator that chooses a failed problem's anchor. It yields indices of cuts and is sent success counts."""
+    c = run.config
+    num_cuts = sum(cut < c.max_new_tokens for cut in problem.cuts) if c.method == "bread" else 0
+    if c.anchor == "search":
+        return anchor_search(num_cuts, c.group_size, c.anchor_low, c.anchor_high)
+    if c.anchor == "random":
+        pick = draw_id(c.seed, run.step, problem.id) % max(num_cuts, 1)
+    else:
+        pick = min(int(c.anchor_fraction * num_cuts), num_cuts - 1)
+    return anchor_once(num_cuts, c.group_size, pick, c.anchor_low, c.anchor_high)
+
+
+def anchor_search(num_cuts, group_size, low=1, high=0):
+    """Binary search for the shortest anchor whose group is neither hopeless nor trivial (a generator).
+
+    Yields the index of a cut, 0 being the shortest anchor; is sent the number of successes of a fresh group there;
+    returns the shortest cut seen with low <= successes <= high (0: group_size - 1), or None. No cut is asked for
+    twice, and at most ceil(log2(num_cuts + 1)) are: 4 where K = 10 episodes give 9 cuts.
+
+    >>> search = anchor_search(num_cuts=9, group_size=8)
+    >>> next(search), search.send(0), search.send(8)      # 0 of 8 at cut 4: show more; 8 of 8 at cut 6: show less
+    (4, 6, 5)
+    >>> search.send(3)                                    # 3 of 8 at cut 5: accepted, and nothing shorter is left
+    Traceback (most recent call last):
+    StopIteration: 5
+    """
+    high = high or group_size - 1
+    first, last, accepted = 0, num_cuts - 1, None
+    while first <= last:
+        cut = (first + last) // 2
+        successes = yield cut
+        if successes < low:
+            first = cut + 1          # out of reach: show more of the trace
+        else:
+            last = cut - 1           # within reach: try to show less
+            if successes <= high:
+                accepted = cut
+    return accepted
+
+
+def anchor_once(num_cuts, group_size, pick, low=1, high=0):
+    """An anchor policy without search: probe the cut `pick`, accept it if its success count is in range."""
+    if num_cuts:
+        successes = yield pick
+        if low <= successes <= (high or group_size - 1):
+            return pick
+
+
+def after_failure(run, group):
+    """What becomes of a failed group for which no anchor was accepted (--on-fail)."""
+    problem = group[0].problem
+    if run.config.on_fail == "resample":    # the compute-matched control: G more tries in the same context
+        return group + sample_groups(run, [(problem, 0)], "resample")[0]
+    if run.config.on_fail == "expert":      # the paper's "GRPO with expert trace", which it finds to be worse
+        return group[:-1] + [expert_rollout(run, problem)]
+    return group                            # equal rewards, advantage zero: the problem is skipped
+
+
+def expert_rollout(run, problem, advantage=0.0):
+    """The expert's whole trace as a rollout, a stop token added; the policy itself scores it."""
+    completion_ids = problem.expert_ids + [run.tokenizer.eos_id]
+    return Rollout(problem, 0, problem.prompt_ids, [], completion_ids, None, "stop", 1.0, advantage)
+
+
+def num_successes(group):
+    return sum(rollout.reward > 0 for rollout in group)
+
+
+def group_advantages(rewards_G, divide_by_std=True):
+    """Rewards of a group (same problem, same anchor) -> advantages (G,) that sum to 0: (r - mean) / population std.
+
+    Equal rewards give exactly 0. Without the division: Dr.GRPO, arXiv 2503.20783.
+
+    >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0])).tolist()
+    [1.0, -1.0, -1.0, 1.0]
+    """
+    if bool((rewards_G == rewards_G[0]).all()):
+        return torch.zeros_like(rewards_G)
+    centred_G = rewards_G - rewards_G.mean()
+    return centred_G / rewards_G.std(correction=0) if divide_by_std else centred_G
+
+
+def set_advantages(group, divide_by_std):
+    advantages_G = group_advantages(torch.tensor([rollout.reward for rollout in group]), divide_by_std)
+    for rollout, advantage in zip(group, advantages_G.tolist()):
+        rollout.advantage = advantage
+
+
+def grpo_loss(logprobs_BT, old_logprobs_BT, advantages_B, loss_mask_BT, clip_low, clip_high, denominator):
+    """GRPO's clipped objective (arXiv 2402.03300, eq. 3, without its KL term), negated: a scalar to minimise.
+
+        J = sum over sampled tokens of min(rho A, clip(rho, 1 - low, 1 + high) A) / denominator,   rho = pi / pi_old
+
+    logprobs_BT carries the gradient; loss_mask_BT is 1 on sampled tokens, the stop token included, else 0.
+    denominator: a number (mean over the tokens of the WHOLE update) or one per row, (B, 1) (mean over sequences).
+    """
+    # Padding gets ratio 1 before exp, so that no 0 * inf can arise; e^20 is far outside any clip range.
+    log_ratio_BT = torch.where(loss_mask_BT > 0, logprobs_BT - old_logprobs_BT, 0.0).clamp(-20, 20)
+    ratio_BT, advantages_B1 = log_ratio_BT.exp(), advantages_B.unsqueeze(1)
+    unclipped_BT = ratio_BT * advantages_B1
+    clipped_BT = ratio_BT.clamp(1 - clip_low, 1 + clip_high) * advantages_B1
+    objective_BT = torch.minimum(unclipped_BT, clipped_BT)
+    return -(objective_BT * loss_mask_BT / denominator).sum()
+
+
+def k3_divergence(logprobs_BT, reference_BT, loss_mask_BT, denominator):
+    """KL(policy, reference), estimated without bias and never negative: exp(d) - d - 1, d = log ref - log policy."""
+    d_BT = torch.where(loss_mask_BT > 0, reference_BT - logprobs_BT, 0.0).clamp(-20, 20)
+    return ((d_BT.exp() - d_BT - 1) * loss_mask_BT / denominator).sum()
+
+
+# ---------------------------------------------------------------- the update
+
+
+@dataclasses.dataclass
+class Batch:
+    """A micro-batch of B rollouts, padded on the right. Position t of every (B, T) tensor is about token t + 1.
+
+        tokens      q q q q e e e o o o s .        (s: the stop token, an action like any other)
+        loss_mask     0 0 0 0 0 0 1 1 1 1 0        made from lengths, never from token values
+    """
+    tokens_BT: torch.Tensor         # one column longer than the others
+    loss_mask_BT: torch.Tensor
+    old_logprobs_BT: torch.Tensor   # NaN where nobody sampled (an expert's trace), until the first pass fills it
+    advantages_B: torch.Tensor
+    denominator: torch.Tensor | float
+    reference_BT: torch.Tensor | None = None
+
+
+def make_batch(run, rollouts, num_tokens, num_rollouts):
+    """Rollouts -> Batch. `num_tokens` and `num_rollouts` count the whole update, not this micro-batch."""
+    contexts = [rollout.prompt_ids + rollout.anchor_ids for rollout in rollouts]
+    T = max(len(context) + len(r.completion_ids) for context, r in zip(contexts, rollouts)) - 1
+    tokens_BT = torch.zeros(len(rollouts), T + 1, dtype=torch.int64)
+    loss_mask_BT, old_BT = torch.zeros(len(rollouts), T), torch.zeros(len(rollouts), T)
+    for row, (context, rollout) in enumerate(zip(contexts, rollouts)):
+        ids = context + rollout.completion_ids
+        sampled = slice(len(context) - 1, len(ids) - 1)
+        tokens_BT[row, :len(ids)] = torch.tensor(ids)
+        loss_mask_BT[row, sampled] = 1.0
+        old_BT[row, sampled] = torch.nan if rollout.logprobs is None else torch.tensor(rollout.logprobs)
+    advantages_B = torch.tensor([rollout.advantage for rollout in rollouts])
+    denominator = float(num_tokens)
+    if run.config.loss_mean == "sequence":
+        denominator = (loss_mask_BT.sum(1, keepdim=True).clamp(min=1) * num_rollouts).to(run.device)
+    return Batch(*(x.to(run.device) for x in (tokens_BT, loss_mask_BT, old_BT, advantages_B)), denominator)
+
+
+def token_logprobs(run, model, batch):
+    """(log-probs (B, T) of the sampled tokens, zero elsewhere; sum of their entropies). No other position
+    reaches the LM head, which costs more than the rest of a small model."""
+    is_sampled_BT = batch.loss_mask_BT > 0
+    hidden_ND = model(batch.tokens_BT[:, :-1])[is_sampled_BT]
+    targets_N = batch.tokens_BT[:, 1:][is_sampled_BT]
+    logprobs_N, entropy_N = run.ops.token_logprob(model.logits(hidden_ND), targets_N, run.config.temperature)
+    return torch.zeros_like(batch.loss_mask_BT).masked_scatter(is_sampled_BT, logprobs_N), entropy_N.sum()
+
+
+def update(run, groups):
+    """`--updates-per-batch` optimizer steps on all rollouts of a step; leaves its metrics in run.metrics.
+
+    One denominator for the whole update: gradients do not depend on how rows fall into micro-batches. Rollouts of
+    a group with equal rewards count in it, but (without a KL term) their gradient is exactly zero, so they are not
+    run through the network; entropy and clip fraction are means over the tokens that were.
+    """
+    c, everyone = run.config, [rollout for group in groups for rollout in group]
+    rollouts = sorted((r for r in everyone if r.advantage or c.kl),
+                      key=lambda r: len(r.prompt_ids) + len(r.anchor_ids) + len(r.completion_ids))
+    num_tokens = sum(len(rollout.completion_ids) for rollout in everyone)
+    batches = [make_batch(run, rollouts[i:i + c.micro_batch_size], num_tokens, len(everyone))
+               for i in range(0, len(rollouts), c.micro_batch_size)]
+    sums, norms = collections.Counter(), []
+    for epoch in range(c.updates_per_batch if batches else 0):
+        for batch in batches:
+            logprobs_BT, entropy = token_logprobs(run, run.model, batch)
+            if epoch == 0:
+                fix_old_logprobs(run, batch, logprobs_BT.detach(), sums)
+            loss = batch_loss(c, batch, logprobs_BT)
+            loss.backward()
+            sums["loss"] += loss.item()
+            sums["entropy"] += entropy.item()
+            sums["tokens"] += batch.loss_mask_BT.sum().item()
+            sums["clipped"] += num_clipped(c, batch, logprobs_BT.detach())
+        norms.append(run.optimizer_step())
+    epochs, tokens = max(len(norms), 1), max(sums["tokens"], 1)
+    run.metrics = {"loss": sums["loss"] / epochs, "grad_norm": sum(norms) / epochs,
+                   "entropy": sums["entropy"] / tokens, "clip_fraction": sums["clipped"] / tokens,
+                   "sampler/logprob_gap": sums["gap"] * epochs / tokens}
+
+
+def fix_old_logprobs(run, batch, logprobs_BT, sums):
+    """First pass over a batch: measure the gap to the sampler's log-probs, fill in those of tokens that nobody
+    sampled, score the reference model if there is one. From then on they stay as they are."""
+    sums["gap"] += (logprobs_BT - batch.old_logprobs_BT).abs().nansum().item()
+    batch.old_logprobs_BT = torch.where(batch.old_logprobs_BT.isnan(), logprobs_BT, batch.old_logprobs_BT)
+    if run.reference is not None:
+        with torch.no_grad():
+            batch.reference_BT, _ = token_logprobs(run, run.reference, batch)
+
+
+def batch_loss(config, batch, logprobs_BT):
+    """This micro-batch's share of the loss: SFT's negative log-likelihood, or GRPO's objective with its KL term."""
+    if config.method == "sft":
+        return -(logprobs_BT * batch.loss_mask_BT / batch.denominator).sum()
+    loss = grpo_loss(logprobs_BT, batch.old_logprobs_BT, batch.advantages_B, batch.loss_mask_BT,
+                     config.clip_low, config.clip_high, batch.denominator)
+    if batch.reference_BT is None:
+        return loss
+    return loss + config.kl * k3_divergence(logprobs_BT, batch.reference_BT, batch.loss_mask_BT, batch.denominator)
+
+
+def num_clipped(config, batch, logprobs_BT):
+    """Tokens whose gradient the clip removes: already too likely for A > 0, too unlikely for A < 0."""
+    ratio_BT, advantages_B1 = (logprobs_BT - batch.old_logprobs_BT).exp(), batch.advantages_B.unsqueeze(1)
+    clipped_BT = torch.where(advantages_B1 > 0, ratio_BT > 1 + config.clip_high,
+                             (ratio_BT < 1 - config.clip_low) & (advantages_B1 < 0))
+    return (clipped_BT * batch.loss_mask_BT).sum().item()
+
+
+# ---------------------------------------------------------------- the run: its state and what it leaves behind
+
+
+class Run:
+    """Everything that changes while training: model, optimizer, counters, files.
+
+    Random choices are functions of (seed, step, problem, sample), so a resumed run needs no generator state.
+    """
+
+    def __init__(self, config):
+        c = self.config = config
+        self.step, self.signal, self.began, self.unaided = 0, None, time.time(), None
+        self.tokens, self.seconds = collections.Counter(), collections.Counter()
+        self.metrics, self.searched, self.evals, self.skipped_updates = {}, (0, 0, []), [], 0
+        self.device = pick_device(c.device)
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.ops = load_kernels() if self.device.type == "cuda" else plain
+        self.tokenizer = Tokenizer.from_pretrained(c.model)
+        # A new run claims its folder once everything has been read, so that bad input leaves nothing behind.
+        self.folder = checkpoint.RunFolder(c.output, resume=True) if c.resume else None
+        resumed, notes = self.folder.latest() if c.resume else (None, [])
+        self.model = plain.Transformer.from_pretrained(resumed or c.model, self.device, self.dtype)
+        self.model.folder = Path(c.model).resolve()  # tokenizer files are copied from here; checkpoints come and go
+        self.reference = plain.Transformer.from_pretrained(c.model, self.device, self.dtype) if c.kl else None
+        self.problems, self.eval_problems = self.load(c.data), self.load(c.eval_data)
+        if len(self.problems) < c.problems_per_step and not c.eval:
+            raise ValueError(f"{c.data}: {len(self.problems)} usable problems, but --problems-per-step is "
+                             f"{c.problems_per_step}; give at most {len(self.problems)}")
+        for note in notes:
+            self.say(note)
+        # bf16 keeps 8 bits: at a learning rate of 1e-6 every step would be rounded away. AdamW therefore works on
+        # float32 masters, and the bf16 weights are rounded copies of them.
+        self.weights = list(self.model.parameters())
+        self.masters = self.weights if self.dtype == torch.float32 else [p.detach().float() for p in self.weights]
+        self.optimizer = torch.optim.AdamW(self.masters, c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay)
+        if not c.eval:
+            self.folder = self.folder or checkpoint.RunFolder(c.output, overwrite=c.overwrite)
+            self.settle(resumed)
+        self.before = self.progress()
+        self.bar = tqdm(total=1.0, initial=self.before, disable=c.eval or None, leave=False,
+                        bar_format="{percentage:3.0f}% {bar} {elapsed} / {remaining} left")
+        self.handlers = {} if c.eval else {number: signal.signal(number, self.stop)
+                                           for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def load(self, path):
+        """Problems of a JSONL file that fit the model's context and whose gold answer and trace agree."""
+        if not path:
+            return []
+        c, window = self.config, self.model.config.max_position_embeddings
+        problems = load_problems(path, self.tokenizer, max_episodes=c.max_episodes, max_tokens=window,
+                                 system=c.system or None, log=self.say)
+        usable = [p for p in problems if parse_gold(p.answer) is not None
+                  and (extract_answer(p.trace) is None or math_reward(p.trace, p.answer) > 0)]
+        if len(usable) < len(problems):
+            self.say(f"{path}: left out {len(problems) - len(usable)} problems whose trace contradicts their answer, "
+                     "or whose answer cannot be checked")
+        longest = max((len(p.prompt_ids) for p in usable), default=0)
+        if c.anchor_placement == "hint":  # the hint repeats the anchor inside the prompt, with a line of its own
+            longest += HINT_ROOM
+        if not usable or longest + c.max_new_tokens > window:
+            raise ValueError(f"{path}: no usable problem" if not usable else
+                             f"{path}: a prompt of {longest} tokens and --max-new-tokens {c.max_new_tokens} exceed the "
+                             f"model's {window} positions; lower --max-new-tokens to {max(window - longest, 1)}")
+        return usable
+
+    def settle(self, resumed):
+        """Write run.json, or read back a checkpoint after checking that it belongs to the same run."""
+        c = self.config
+        record = dataclasses.asdict(c) | {"data_sha256": file_hash(c.data), "eval_sha256": file_hash(c.eval_data)}
+        if resumed is None:
+            return self.folder.write_json("run.json", record)
+        may_differ = {"steps", "token_budget", "output", "overwrite", "resume", "device", "eval_every", "eval_samples",
+                      "save_every", "sample_batch_size", "micro_batch_size", "data", "eval_data", "eval_sha256"}
+        for name, was in self.folder.read_json("run.json").items():
+            if name not in may_differ and record.get(name) != was:
+                raise ValueError(f"--resume: {name} is {record.get(name)!r}, but the run in {c.output} has {was!r}; "
+                                 "start a new run in another --output")
+        tensors, meta = checkpoint.load(resumed)
+        checkpoint.restore_optimizer(self.optimizer, tensors)
+        self.step, self.evals, self.skipped_updates = meta["step"], meta["evals"], meta["skipped_updates"]
+        self.tokens, self.seconds = collections.Counter(meta["tokens"]), collections.Counter(meta["seconds"])
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            self.folder.truncate(name, self.step)
+
+    # -------- what the algorithm asks of it
+
+    def is_finished(self):
+        return self.signal is not None or self.progress() >= 1
+
+    def progress(self):
+        """Share of the run that is done, from 0 to 1: of its steps or of its token budget, whichever ends it."""
+        c = self.config
+        spent = self.tokens_sampled() / c.token_budget if c.token_budget else 0.0
+        return min(1.0, max(spent, self.step / c.steps if c.steps else 1.0))
+
+    def stop(self, number, _frame):
+        """First SIGINT or SIGTERM: end the run after this step, with everything saved. The second quits at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def tokens_sampled(self):
+        """Tokens that the policy sampled for training: the honest cost of a method, probes included."""
+        return sum(self.tokens[kind] for kind in ("base", "probe", "resample"))
+
+    def next_problems(self):
+        """The step's problems, which depend on (seed, step) only. An epoch is a shuffled pass in whole steps; what
+        does not fill a step waits for another epoch, so no step holds a problem twice."""
+        count = self.config.problems_per_step
+        epoch, position = divmod(self.step, len(self.problems) // count)
+        order = random.Random(f"{self.config.seed} {epoch}").sample(self.problems, len(self.problems))
+        return order[position * count:(position + 1) * count]
+
+    def prefill(self, sequences, kind):
+        self.tokens["eval prefilled" if kind == "eval" else "prefilled"] += sum(map(len, sequences))
+        return prefill(self.model, sequences)
+
+    def context(self, problem, cut):
+        """(problem, cut, prompt ids, anchor ids): what the policy reads before it writes, by --anchor-placement."""
+        anchor_ids = problem.expert_ids[:cut]
+        if self.config.anchor_placement == "prefill" or not cut:
+            return problem, cut, problem.prompt_ids, anchor_ids
+        hint = self.tokenizer.decode(anchor_ids)
+        return problem, cut, self.tokenizer.render(problem.question, hint=hint), []
+
+    def rollout(self, problem, cut, prompt_ids, anchor_ids, completion):
+        """A sampled completion with its reward."""
+        # The answer may be written across anchor and completion, so both are read. Where the prompt opened a
+        # thought the reward is told so, or a box inside a thought that never closes would pass for an answer.
+        opening = "<think>\n" if self.tokenizer.opens_thinking else ""
+        reward = math_reward(opening + self.tokenizer.decode(anchor_ids + completion.token_ids), problem.answer)
+        return Rollout(problem, cut, prompt_ids, anchor_ids, completion.token_ids, completion.logprobs,
+                       completion.finish_reason, reward)
+
+    def optimizer_step(self):
+        """Clip, step, round the masters back into the weights; returns the gradient norm before clipping.
+
+        A norm that is not finite leaves every weight and moment as it was, and is counted.
+        """
+        for master, weight in zip(self.masters, self.weights):
+            if master is not weight:
+                master.grad, weight.grad = weight.grad.float(), None
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * min(1.0, (self.step + 1) / max(self.config.warmup_steps, 1))
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.config.grad_clip).item()
+        if math.isfinite(norm):
+            self.optimizer.step()
+            with torch.no_grad():
+                for master, weight in zip(self.masters, self.weights):
+                    if master is not weight:
+                        weight.copy_(master)
+        else:
+            self.skipped_updates += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @contextlib.contextmanager
+    def clock(self, name):
+        began = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - began
+
+    # -------- evaluation
+
+    def evaluate(self):
+        """Accuracy on the held-out problems without anchors, greedy and sampled, where an evaluation is due."""
+        # After a signal somebody is waiting for the save, and a resumed run must have the evaluations of an unbroken one.
+        due = self.step % self.config.eval_every == 0 or self.progress() >= 1
+        if not (self.eval_problems and due) or (self.evals and self.evals[-1]["step"] == self.step):
+            return
+        with self.clock("eval"):
+            self.evals.append({"step": self.step, "eval/accuracy": self.accuracy(self.config.temperature),
+                               "eval/greedy": self.accuracy(0.0), "tokens/sampled": self.tokens_sampled()})
+
+    def accuracy(self, temperature):
+        samples = self.config.eval_samples if temperature else 1
+        points = [(problem, 0) for problem in self.eval_problems]
+        groups = sample_groups(self, points, "eval", None, samples, temperature)
+        return report.mean(rollout.reward for group in groups for rollout in group)
+
+    # -------- what a run leaves behind
+
+    def save(self):
+        """checkpoint-N: a Hugging Face folder beside masters, moments and counters. The last step always saves."""
+        if not (self.is_finished() or self.config.save_every and self.step % self.config.save_every == 0):
+            return
+        meta = {"step": self.step, "evals": self.evals, "skipped_updates": self.skipped_updates,
+                "tokens": self.tokens, "seconds": self.seconds}
+        self.folder.save(self.step, self.model.save_pretrained, checkpoint.optimizer_tensors(self.optimizer), meta)
+
+    def report(self, groups):
+        """One JSON object for scripts, a few rollouts to look at, one line for the reader."""
+        row = {"step": self.step, "reward": self.unaided, **report.group_metrics(groups, self.searched),
+               **self.metrics, "skipped_updates": self.skipped_updates, "tokens/sampled": self.tokens_sampled()}
+        row |= {f"tokens/{kind}": self.tokens[kind] for kind in ("base", "probe", "resample", "eval", "prefilled")}
+        row |= {f"seconds/{name}": round(seconds, 3) for name, seconds in self.seconds.items()}
+        if self.evals and self.evals[-1]["step"] == self.step:
+            row |= {name: self.evals[-1][name] for name in ("eval/accuracy", "eval/greedy")}
+        self.folder.append("metrics.jsonl", row)
+        for group in groups[:2]:
+            self.folder.append("samples.jsonl", report.sample(self.step, group[0], self.tokenizer.decode))
+        done = self.progress()
+        seconds_left = (time.time() - self.began) * (1 - done) / max(done - self.before, 1e-9)
+        self.say(report.step_line(self.config, row, seconds_left))
+        self.bar.update(done - self.bar.n)
+
+    def say(self, line):
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def announce(self):
+        """Print what runs on what, and what a step costs."""
+        kernels = "plain PyTorch" if self.ops is plain else "Triton kernels"
+        size = sum(weight.numel() for weight in self.weights) / 1e6
+        model = f"{size:.2f}M parameters, {self.dtype} on {self.device}, {kernels}"
+        changed = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(Config)
+                   if getattr(self.config, f.name) != f.default}
+        self.say(report.opening(self.config, model, len(self.problems), len(self.eval_problems), changed))
+
+    def conclude(self):
+        """Print the table at the end, and let go of the folder and the signals."""
+        self.bar.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        saved = self.folder.path / f"checkpoint-{self.step}"
+        self.say(report.closing(self.config, self.evals, saved if saved.is_dir() else "none", self.tokens,
+                                time.time() - self.began, self.config.model == str(EXAMPLE / "model")))
+        self.folder.close()
+
+
+def draw_id(*key):
+    """A 64-bit number that depends on all parts of the key: the identity of a row, the seed of a choice."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
+
+
+def file_hash(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+
+
+def load_kernels():
+    import kernels  # needs triton, which a CPU run does not
+    return kernels
+
+
+def pick_device(name):
+    """--device, or the first GPU, or the CPU; ValueError if there is no such device."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device is {name!r}, it must be cpu, cuda or cuda:NUMBER") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {name!r}, but PyTorch finds no CUDA device; leave it out to run on the CPU")
+    return device
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(argv=None):
+    """Exit code: 0; 1 if files cannot be written; 2 after bad input; 130 or 143 after an interrupt, state saved."""
+    try:
+        run = Run(parse_args(sys.argv[1:] if argv is None else argv, EXAMPLE))
+    except ValueError as error:
+        print(f"bread.py: {error}", file=sys.stderr)
+        return 2
+    try:
+        if not run.config.eval:
+            train(run)
+        else:
+            run.evaluate()
+            run.say(f"{len(run.eval_problems)} problems, no anchors: greedy {run.evals[-1]['eval/greedy']:.1%}, "
+                    f"sampled {run.evals[-1]['eval/accuracy']:.1%}")
+    except OSError as error:  # a full disk, say; checkpoints saved before are whole
+        print(f"bread.py: {error}", file=sys.stderr)
+        return 1
+    return 128 + run.signal if run.signal else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
