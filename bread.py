@@ -512,8 +512,10 @@ class Run:
         for master, weight in zip(self.masters, self.weights):
             if master is not weight:
                 master.grad, weight.grad = weight.grad.float(), None
+        warm = (self.step + 1) / max(self.config.warmup_steps, 1)
+        left = (1 - self.progress()) / max(self.config.lr_decay, 1e-9)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * min(1.0, (self.step + 1) / max(self.config.warmup_steps, 1))
+            group["lr"] = self.config.lr * min(1.0, warm, left)
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.config.grad_clip).item()
         if math.isfinite(norm):
             self.optimizer.step()

@@ -42,6 +42,7 @@ class Config:
     updates_per_batch: int = option(1, "optimizer steps on each batch of rollouts")
     lr: float = option(1e-6, "AdamW's learning rate after warm-up")
     warmup_steps: int = option(0, "steps over which the learning rate rises to --lr")
+    lr_decay: float = option(0.0, "share of the run, at its end, over which the learning rate falls to zero")
     weight_decay: float = option(0.0, "AdamW's weight decay")
     grad_clip: float = option(1.0, "largest gradient norm")
     clip_low: float = option(0.2, "no gradient where A < 0 and the ratio is below 1 - this")
@@ -72,9 +73,8 @@ class Config:
                 raise ValueError(f"{flag} is {value}, it must be a number that is not negative")
             if field.metadata["choices"] and value not in field.metadata["choices"]:
                 raise ValueError(f"{flag} is {value!r}, it must be one of {', '.join(field.metadata['choices'])}")
-        if not 0 <= self.clip_low < 1 or not 0 <= self.anchor_fraction <= 1:
-            raise ValueError(f"--clip-low {self.clip_low} and --anchor-fraction {self.anchor_fraction} "
-                             "must lie from 0 to 1")
+            if field.name in ("clip_low", "anchor_fraction", "lr_decay") and not 0 <= value <= 1:
+                raise ValueError(f"{flag} is {value}, it must lie from 0 to 1")
         high = self.anchor_high or self.group_size - 1
         if self.method != "sft" and not self.anchor_low <= high <= self.group_size:
             raise ValueError(f"--anchor-low {self.anchor_low} and --anchor-high {self.anchor_high} must be a range "

@@ -39,9 +39,9 @@ def test_the_data_files_come_from_the_script(make, tmp_path):
 
 def test_the_tokenizer_comes_from_the_script_and_makes_every_word_one_token(make):
     """So a single step is five tokens: label, operation, equals sign, value, newline."""
-    committed, text = Tokenizer.from_pretrained(CHAIN / "model"), "a+5=93\nl*10=7\n#### 7"
+    committed, text = Tokenizer.from_pretrained(CHAIN / "model"), "a +5 = 93\nl x10 = 7\n#### 7"
     ids = committed.encode(text)
-    assert len(ids) == 13 and ids == make.make_tokenizer().encode(text).ids
+    assert len(ids) == 12 and ids == make.make_tokenizer().encode(text).ids
     assert committed.decode(ids) == text
 
 
@@ -52,11 +52,12 @@ def test_every_expert_trace_is_right_and_jumps_at_every_step():
             row = json.loads(line)
             words = row["question"].split()
             value = int(words[1])
-            for label, operator, amount in ((word[0], word[1], int(word[2:])) for word in words[2:]):
-                value = (value + amount if operator == "+" else value * amount) % 97
+            for operation in words[3::2]:
+                amount = int(operation[1:])
+                value = (value + amount if operation[0] == "+" else value * amount) % 97
             assert math_reward(row["trace"], str(value)) == 1.0 and row["answer"] == str(value)
             *steps, last = row["trace"].splitlines()
-            assert len(steps) == 6 and all(len(re.findall("[+*]", step)) == 2 for step in steps)
+            assert len(steps) == 6 and all(len(re.findall("[+x]", step)) == 2 for step in steps)
             assert last == f"#### {value}"
 
 
@@ -80,7 +81,7 @@ def test_the_base_model_solves_the_task_neither_greedily_nor_by_sampling(base):
     prompts = [problem.prompt_ids for problem in problems]
     right = {}
     for temperature, samples in ((0.0, 1), (1.0, 2)):
-        params = SamplingParams(64, temperature, tokenizer.stop_token_ids)
+        params = SamplingParams(72, temperature, tokenizer.stop_token_ids)
         right[temperature] = sum(math_reward(tokenizer.decode(completion.token_ids), problem.answer)
                                  for problem, group in zip(problems, generate(model, prompts, params, samples))
                                  for completion in group)
@@ -92,7 +93,7 @@ def test_the_last_cut_gives_honest_signal(base):
     model, tokenizer = base
     problems = [problem for problem in load_problems(CHAIN / "train.jsonl", tokenizer)[:64] if len(problem.cuts) == 5]
     prompts = [problem.prompt_ids + problem.expert_ids[:problem.cuts[-1]] for problem in problems]
-    groups = generate(model, prompts, SamplingParams(64, 1.0, tokenizer.stop_token_ids), num_samples=8)
+    groups = generate(model, prompts, SamplingParams(72, 1.0, tokenizer.stop_token_ids), num_samples=8)
     rewards = torch.tensor([[math_reward(tokenizer.decode(completion.token_ids), problem.answer)
                              for completion in group] for problem, group in zip(problems, groups)])
     assert rewards.mean() > 0.05
