@@ -44,9 +44,9 @@ def run(folder, flags, threads=None):
 def rivals(output, seed, budget):
     """GRPO, SFT, and GRPO from SFT's checkpoint, with BREAD's budget of sampled tokens."""
     grpo = ["--seed", seed, "--method", "grpo", "--steps", 100000, "--token-budget", budget, "--eval-every", 100000]
-    sft = ["--seed", seed, "--method", "sft", "--steps", 400, "--eval-every", 100000]
+    sft = ["--seed", seed, "--method", "sft", "--steps", 300, "--eval-every", 100000]
     results = {"grpo": run(output / f"grpo-{seed}", grpo, 1), "sft": run(output / f"sft-{seed}", sft, 1)}
-    example, checkpoint = ROOT / "examples" / "chain", output / f"sft-{seed}" / "checkpoint-400"
+    example, checkpoint = ROOT / "examples" / "chain", output / f"sft-{seed}" / "checkpoint-300"
     after = [f"@{example / 'chain.args'}", "--model", checkpoint, "--data", example / "train.jsonl",
              "--eval-data", example / "heldout.jsonl", *grpo]
     return results | {"sft+grpo": run(output / f"sft+grpo-{seed}", after, 1)}
