@@ -546,7 +546,7 @@ class Run:
 
     def evaluate(self):
         """Accuracy on the held-out problems without anchors, greedy and sampled, where an evaluation is due."""
-        # After a signal somebody is waiting for the save, and a resumed run must have the evaluations of an unbroken one.
+        # Not because of a signal: somebody waits for the save, and a resumed run has an unbroken one's evaluations.
         due = self.step % self.config.eval_every == 0 or self.progress() >= 1
         if not (self.eval_problems and due) or (self.evals and self.evals[-1]["step"] == self.step):
             return

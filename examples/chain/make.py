@@ -1,6 +1,6 @@
 """The embedded example, made from a seed: a tiny tokenizer, a base model, expert traces, held-out problems.
 
-    python examples/chain/make.py            # rewrites examples/chain/{model,train.jsonl,heldout.jsonl}, 16 min on one core
+    python examples/chain/make.py       # rewrites examples/chain/{model,train.jsonl,heldout.jsonl}; 17 min on one core
 
 A problem is a start value and L labelled operations modulo 97; the answer is the final value. A trace names the next
 operation and then the value it leads to; a writer may JUMP: name two operations and only then the value.
@@ -159,7 +159,8 @@ def pretrain(model, tokenizer, rng, steps, max_length, peak, skill, rows=128):
         optimizer.step()
         if step % 100 == 0:
             print(f"pretrain {step}/{steps} loss {loss_N.mean().item():.3f}, "
-                  f"of what is not random {loss_N[kinds_N == 1].mean().item():.3f}, {time.time() - began:.0f} s", flush=True)
+                  f"of what is not random {loss_N[kinds_N == 1].mean().item():.3f}, {time.time() - began:.0f} s",
+                  flush=True)
 
 
 @torch.no_grad()
