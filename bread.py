@@ -405,6 +405,7 @@ class Run:
         # bf16 keeps 8 bits: at a learning rate of 1e-6 every step would be rounded away. AdamW therefore works on
         # float32 masters, and the bf16 weights are rounded copies of them.
         self.weights = list(self.model.parameters())
+        self.num_parameters = sum(weight.numel() for weight in self.weights)
         self.masters = self.weights if self.dtype == torch.float32 else [p.detach().float() for p in self.weights]
         self.optimizer = torch.optim.AdamW(self.masters, c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay)
         if not c.eval:
@@ -534,7 +535,7 @@ class Run:
         """Time a phase. Decoding a tiny model is hundreds of tiny operations: to wake a sleeping second thread for
         each costs more than it saves (1.6x, 0.34M parameters on 2 cores), so sampling it gets one thread."""
         threads, began = torch.get_num_threads(), time.perf_counter()
-        if name != "update" and sum(weight.numel() for weight in self.weights) < TINY:
+        if name != "update" and self.num_parameters < TINY:
             torch.set_num_threads(1)
         try:
             yield
@@ -577,7 +578,7 @@ class Run:
         row |= {f"tokens/{kind}": self.tokens[kind] for kind in ("base", "probe", "resample", "eval", "prefilled")}
         row |= {f"seconds/{name}": round(seconds, 3) for name, seconds in self.seconds.items()}
         if self.evals and self.evals[-1]["step"] == self.step:
-            row |= {name: self.evals[-1][name] for name in ("eval/accuracy", "eval/greedy")}
+            row |= self.evals[-1]
         self.folder.append("metrics.jsonl", row)
         for group in groups[:2]:
             self.folder.append("samples.jsonl", report.sample(self.step, group[0], self.tokenizer.decode))
@@ -593,8 +594,7 @@ class Run:
     def announce(self):
         """Print what runs on what, and what a step costs."""
         kernels = "plain PyTorch" if self.ops is plain else "Triton kernels"
-        size = sum(weight.numel() for weight in self.weights) / 1e6
-        model = f"{size:.2f}M parameters, {self.dtype} on {self.device}, {kernels}"
+        model = f"{self.num_parameters / 1e6:.2f}M parameters, {self.dtype} on {self.device}, {kernels}"
         changed = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(Config)
                    if getattr(self.config, f.name) != f.default}
         self.say(report.opening(self.config, model, len(self.problems), len(self.eval_problems), changed))

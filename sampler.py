@@ -142,7 +142,6 @@ class Branch:
     def set_groups(self, counts):
         """Rebuild the prefix views for `counts` live rows per fork. Neighbouring forks that are alike in rows and
         prefix length become one run, served by one batched product over a strided view of the trunk."""
-        self.counts = counts
         live = [(fork, count) for fork, count in zip(self.forks, counts) if count]
         begins = [self.trunk.starts[fork.sequence] for fork, _ in live]
         self.runs, i = [], 0
