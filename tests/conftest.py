@@ -20,3 +20,32 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def interpreter_without_two_faults(monkeypatch):
+    """Triton's interpreter multiplies bfloat16 by its bits, as integers; that of 3.6 fails at range() with numpy 2.4.
+
+    Its scalars are arrays of shape (1,), which numpy 2.4 no longer takes as numbers; triton 3.9 knows that.
+    """
+    if torch.cuda.is_available():
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def widen(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def dot(self, a, b, *rest):
+        return original_dot(self, widen(a), widen(b), *rest)
+
+    def patch_tensor(tensor, scope):
+        original_patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    original_dot, original_patch = interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
