@@ -1,8 +1,9 @@
 """A Llama / Qwen decoder in one file: configuration, RoPE, forward pass, loading and saving of Hugging Face folders.
 
 Supported are Llama 2 / 3 / 3.1 / 3.2, Qwen2 / 2.5, Qwen3, and Mistral without sliding window. Modules carry the
-names of the tensors in the checkpoint, so that loading needs no weight map; whatever else a folder asks for
-(mixture of experts, quantised weights, remote code, an unknown RoPE) is refused by name, never approximated.
+names of the tensors in the checkpoint (a fused product lists those of its parts), so that loading needs no weight
+map; whatever else a folder asks for (mixture of experts, quantised weights, remote code, an unknown RoPE) is refused
+by name, never approximated.
 
 Dimension key, used as a suffix of tensor names:
     B batch    T tokens of a row    D hidden size    V vocabulary    N rows of a flat batch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # model_type -> the prefix of its class in transformers; rope_type -> the settings that it cannot do without.
 MODEL_TYPES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -186,14 +188,12 @@ def yarn_scale(rope):
     return log_scale(1.0)
 
 
-def rotate(x_BHTC, cos_BTR, sin_BTR):
+def rotate(x_BTHC, cos_BT1C, sin_BT1C):
     """Turn the pairs (x_i, x_{i + C/2}) of every head by the angles of its position: the "half-split" pairing.
 
-        [ a1 .. aR | b1 .. bR ]  ->  [ a cos - b sin | b cos + a sin ]
+        [ a | b ] * [ cos | cos ]  +  [ b | a ] * [ -sin | sin ]  =  [ a cos - b sin | b cos + a sin ]
     """
-    a_BHTR, b_BHTR = x_BHTC.chunk(2, dim=-1)
-    cos, sin = cos_BTR.unsqueeze(1), sin_BTR.unsqueeze(1)
-    return torch.cat((a_BHTR * cos - b_BHTR * sin, b_BHTR * cos + a_BHTR * sin), dim=-1)
+    return torch.addcmul(x_BTHC * cos_BT1C, x_BTHC.roll(x_BTHC.shape[-1] // 2, -1), sin_BT1C)
 
 
 # ---------------------------------------------------------------- the decoder
@@ -208,9 +208,43 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+
+class FusedLinear(nn.Module):
+    """Linear maps of the same input, stacked into one matrix product: rows is {"q_proj": rows of its weight, ...}."""
+
+    def __init__(self, size, rows, bias):
+        super().__init__()
+        self.rows = rows
+        self.weight = nn.Parameter(torch.empty(sum(rows.values()), size))
+        self.register_parameter("bias", nn.Parameter(torch.empty(sum(rows.values()))) if bias else None)
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+def fused_parts(model, prefix):
+    """(name in the model, [(name of a part in checkpoints, its rows), ...]) of every tensor of a FusedLinear."""
+    for path, module in model.named_modules(prefix=prefix.removesuffix(".")):
+        if isinstance(module, FusedLinear):
+            for kind, _ in module.named_parameters():
+                beside = path.rpartition(".")[0]
+                yield f"{path}.{kind}", [(f"{beside}.{part}.{kind}", rows) for part, rows in module.rows.items()]
+
+
+def stack_parts(model, state_dict, prefix, *_):
+    """Before loading a state dict: q_proj.weight, k_proj.weight, v_proj.weight -> qkv_proj.weight."""
+    for name, parts in fused_parts(model, prefix):
+        if all(part in state_dict for part, _ in parts):
+            state_dict[name] = torch.cat([state_dict.pop(part) for part, _ in parts])
+
+
+def split_parts(model, state_dict, prefix, _):
+    """After making a state dict: the parts under the names that checkpoints know them by, as views."""
+    for name, parts in fused_parts(model, prefix):
+        whole = state_dict.pop(name)
+        state_dict.update(zip((part for part, _ in parts), whole.split([rows for _, rows in parts])))
 
 
 class Attention(nn.Module):
@@ -219,22 +253,24 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         D, H, K, C = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.layer, self.head_dim = layer, C
-        qkv_bias = config.model_type == "qwen2" or config.attention_bias
-        self.q_proj = nn.Linear(D, H * C, bias=qkv_bias)
-        self.k_proj = nn.Linear(D, K * C, bias=qkv_bias)
-        self.v_proj = nn.Linear(D, K * C, bias=qkv_bias)
+        self.layer, self.heads, self.head_dim = layer, (H, K), C
+        self.qkv_proj = FusedLinear(D, {"q_proj": H * C, "k_proj": K * C, "v_proj": K * C},
+                                    bias=config.model_type == "qwen2" or config.attention_bias)
         self.o_proj = nn.Linear(H * C, D, bias=config.attention_bias)
-        has_norms = config.model_type == "qwen3"
-        self.q_norm = RMSNorm(C, config.rms_norm_eps) if has_norms else nn.Identity()
-        self.k_norm = RMSNorm(C, config.rms_norm_eps) if has_norms else nn.Identity()
+        self.has_norms = config.model_type == "qwen3"
+        if self.has_norms:
+            self.q_norm, self.k_norm = RMSNorm(C, config.rms_norm_eps), RMSNorm(C, config.rms_norm_eps)
 
-    def forward(self, x_BTD, cos_BTR, sin_BTR, cache):
+    def forward(self, x_BTD, cos_BT1C, sin_BT1C, cache):
         B, T, _ = x_BTD.shape
-        split = (B, T, -1, self.head_dim)
-        q_BHTC = rotate(self.q_norm(self.q_proj(x_BTD).view(split)).transpose(1, 2), cos_BTR, sin_BTR)
-        k_BKTC = rotate(self.k_norm(self.k_proj(x_BTD).view(split)).transpose(1, 2), cos_BTR, sin_BTR)
-        v_BKTC = self.v_proj(x_BTD).view(split).transpose(1, 2)
+        H, K = self.heads
+        # Queries and keys are treated alike, so they stay together as long as that lasts.
+        qk_BTHC, v_BTKC = self.qkv_proj(x_BTD).view(B, T, H + 2 * K, -1).split((H + K, K), 2)
+        if self.has_norms:
+            weight_HC = torch.cat((self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(K, -1)))
+            qk_BTHC = weight_HC * F.rms_norm(qk_BTHC, qk_BTHC.shape[-1:], eps=self.q_norm.eps)
+        q_BHTC, k_BKTC = rotate(qk_BTHC, cos_BT1C, sin_BT1C).transpose(1, 2).split((H, K), 1)
+        v_BKTC = v_BTKC.transpose(1, 2)
         if cache is None:
             out_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BKTC, v_BKTC, is_causal=True, enable_gqa=True)
         else:
@@ -248,12 +284,12 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(D, inner, bias=bias)
-        self.up_proj = nn.Linear(D, inner, bias=bias)
+        self.gate_up_proj = FusedLinear(D, {"gate_proj": inner, "up_proj": inner}, bias)
         self.down_proj = nn.Linear(inner, D, bias=bias)
 
     def forward(self, x_BTD):
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        gate, up = self.gate_up_proj(x_BTD).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -264,8 +300,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD, cos_BTR, sin_BTR, cache):
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_BTR, sin_BTR, cache)
+    def forward(self, x_BTD, cos_BT1C, sin_BT1C, cache):
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_BT1C, sin_BT1C, cache)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -279,6 +315,7 @@ class Transformer(nn.Module):
     def __init__(self, config, source=None):
         super().__init__()
         self.config, self.source, self.folder = config, dict(source or {}), None
+        self.recompute = False  # compute a block's activations again in the backward pass instead of keeping them
         self.model = nn.ModuleDict({  # so named because checkpoints call their tensors "model.layers.0..."
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
@@ -286,6 +323,8 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.register_load_state_dict_pre_hook(stack_parts)
+        self.register_state_dict_post_hook(split_parts)
         self.frequencies_R, self.rope_scale = None, 1.0  # filled at first use, on the device of the input
 
     def forward(self, tokens_BT, positions_BT=None, cache=None):
@@ -299,13 +338,17 @@ class Transformer(nn.Module):
         if positions_BT is None:
             positions_BT = torch.arange(T, device=tokens_BT.device).unsqueeze(0)
         hidden_BTD = self.model.embed_tokens(tokens_BT)
-        cos_BTR, sin_BTR = self.rope(positions_BT, hidden_BTD.dtype)
+        cos_BT1C, sin_BT1C = self.rope(positions_BT, hidden_BTD.dtype)
         for block in self.model.layers:
-            hidden_BTD = block(hidden_BTD, cos_BTR, sin_BTR, cache)
+            if self.recompute and torch.is_grad_enabled():
+                hidden_BTD = checkpoint(block, hidden_BTD, cos_BT1C, sin_BT1C, cache, use_reentrant=False)
+            else:
+                hidden_BTD = block(hidden_BTD, cos_BT1C, sin_BT1C, cache)
         return self.model.norm(hidden_BTD)
 
     def rope(self, positions_BT, dtype):
-        """cos and sin of every position's angles, computed in float32 (bf16 cannot tell position 257 from 256)."""
+        """[cos | cos] and [-sin | sin] of every position's angles, as `rotate` uses them: (B, T, 1, C) each. Computed
+        in float32 (bf16 cannot tell position 257 from 256)."""
         if self.frequencies_R is None or self.frequencies_R.device != positions_BT.device:
             with torch.device("cpu"):
                 frequencies_R, self.rope_scale = rope_frequencies(self.config)
@@ -314,7 +357,8 @@ class Transformer(nn.Module):
         if self.config.rope_parameters["rope_type"] == "dynamic" and positions_BT.max() >= window:  # a device sync
             raise ValueError(f"rope_type 'dynamic' is supported inside max_position_embeddings ({window}) only")
         angles_BTR = positions_BT.unsqueeze(-1).float() * self.frequencies_R
-        return (angles_BTR.cos() * self.rope_scale).to(dtype), (angles_BTR.sin() * self.rope_scale).to(dtype)
+        cos_BTR, sin_BTR = ((x_BTR * self.rope_scale).to(dtype) for x_BTR in (angles_BTR.cos(), angles_BTR.sin()))
+        return torch.cat((cos_BTR, cos_BTR), -1).unsqueeze(2), torch.cat((-sin_BTR, sin_BTR), -1).unsqueeze(2)
 
     def logits(self, hidden_BTD):
         """hidden_BTD -> float32 logits_BTV. Give it only the positions whose logits are needed: V is large."""
@@ -483,17 +527,92 @@ def write_weights(path, model):
         (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-# ---------------------------------------------------------------- plain twins of kernels/
+# ---------------------------------------------------------------- the log-prob head: plain twin of kernels/
+
+TILE_BYTES = 2**23  # of one tile of logits: stays in the cache of a CPU while it is worked on
+KEPT_BYTES = 2**28  # of tiles carried from forward to backward; what does not fit is computed again
 
 
-def token_logprob(logits_NV, targets_N, temperature=1.0):
-    """Log-probability of one chosen token per row, and the entropy of the distribution it was drawn from.
+class _LinearLogprob(torch.autograd.Function):
+    """Slices of the vocabulary, all rows at once: no (N, V) tensor beyond KEPT_BYTES, and each row of the weight's
+    gradient is written once. Tiles hold e = exp(x - m), x = logits / temperature, m the row's largest x so far."""
 
-    logits_NV (any float type), targets_N (int64) -> (logprobs_N, entropy_N), float32, in nats, under
-    softmax(logits / temperature). Differentiable in the logits; the entropy is for logging and carries no gradient.
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, targets_N, temperature):
+        N, V = len(hidden_ND), len(weight_VD)
+        # Every slice adds to the whole gradient of the hidden states: less than 512 columns would not pay for that.
+        ctx.width, ctx.temperature, ctx.kept = min(V, max(512, TILE_BYTES // (4 * max(N, 1)))), temperature, []
+        scaled_ND = hidden_ND.float() / temperature
+        tile_NC, e_NC = scaled_ND.new_empty(N, ctx.width), scaled_ND.new_empty(N, ctx.width)
+        max_N, chosen_N = scaled_ND.new_full((N,), -math.inf), scaled_ND.new_empty(N)
+        sum_N, sum_z_N = scaled_ND.new_zeros(2, N)
+        for start in range(0, V, ctx.width):
+            weight_CD = weight_VD[start:start + ctx.width].float()
+            x_NC = torch.mm(scaled_ND, weight_CD.T, out=tile_NC[:, :len(weight_CD)])
+            rows = ((targets_N >= start) & (targets_N < start + len(weight_CD))).nonzero().squeeze(1)
+            chosen_N[rows] = x_NC[rows, targets_N[rows] - start]
+            new_max_N = torch.maximum(max_N, x_NC.amax(1))
+            z_NC = x_NC.sub_(new_max_N.unsqueeze(1))
+            e_NC = torch.exp(z_NC, out=e_NC[:, :len(weight_CD)])
+            # Sums so far move with the maximum; exp(-200) is 0, and the floor keeps 0 * -inf out of the first.
+            rise_N = (max_N - new_max_N).clamp_(min=-200)
+            rescale_N = rise_N.exp()
+            sum_z_N = rescale_N * (sum_z_N + sum_N * rise_N) + torch.linalg.vecdot(e_NC, z_NC)
+            sum_N = rescale_N * sum_N + e_NC.sum(1)
+            max_N = new_max_N
+            if any(ctx.needs_input_grad) and sum(e.nbytes for e, _ in ctx.kept) + e_NC.nbytes <= KEPT_BYTES:
+                ctx.kept.append((e_NC, max_N))
+                e_NC = torch.empty_like(tile_NC)
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, max_N, sum_N)
+        # m and log s stay apart: their sum, the log-sum-exp, would lose log s where m is large.
+        entropies_N = sum_N.log() - sum_z_N / sum_N
+        ctx.mark_non_differentiable(entropies_N)
+        return chosen_N - max_N - sum_N.log(), entropies_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logprobs_N, _):
+        hidden_ND, weight_VD, targets_N, max_N, sum_N = ctx.saved_tensors
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        # d logprob / d x_v = 1[v == target] - e_v / s = (e_v - s 1[v == target]) * (-1 / s): the tile holds the first
+        # factor, and what is constant along a row is multiplied into the hidden states, far fewer than the logits.
+        rate_N1 = (-grad_logprobs_N / sum_N).unsqueeze(1)
+        scaled_ND = hidden_ND.float() / ctx.temperature
+        rated_ND = scaled_ND * rate_N1
+        grad_hidden_ND = torch.zeros_like(scaled_ND) if wants_hidden else None
+        grad_weight_VD = torch.empty_like(weight_VD) if wants_weight else None
+        tile_NC = scaled_ND.new_empty(len(hidden_ND), ctx.width)
+        kept, ctx.kept = ctx.kept, []  # overwritten below: a second backward of a retained graph computes them again
+        for start in range(0, len(weight_VD), ctx.width):
+            weight_CD = weight_VD[start:start + ctx.width].float()
+            if kept:
+                e_NC, max_then_N = kept.pop(0)
+                e_NC.mul_((max_then_N - max_N).exp().unsqueeze(1))
+            else:
+                e_NC = torch.mm(scaled_ND, weight_CD.T, out=tile_NC[:, :len(weight_CD)])
+                e_NC.sub_(max_N.unsqueeze(1)).exp_()
+            rows = ((targets_N >= start) & (targets_N < start + len(weight_CD))).nonzero().squeeze(1)
+            e_NC[rows, targets_N[rows] - start] -= sum_N[rows]
+            if wants_weight:
+                grad_weight_VD[start:start + ctx.width] = torch.mm(e_NC.T, rated_ND)
+            if wants_hidden:
+                grad_hidden_ND.addmm_(e_NC, weight_CD)  # in float32 over all slices, whatever the weights are
+        if wants_hidden:
+            grad_hidden_ND = grad_hidden_ND.mul_(rate_N1 / ctx.temperature).to(hidden_ND.dtype)
+        return grad_hidden_ND, grad_weight_VD, None, None
+
+
+def linear_logprob(hidden_ND, weight_VD, targets_N, temperature=1.0):
+    """Log-probability of one chosen token per row, and the entropy of the distribution it was drawn from, straight
+    from the LM head: the (N, V) logits are never stored.
+
+    hidden_ND and weight_VD (any float types), targets_N (int64) -> (logprobs_N, entropies_N), float32, in nats, under
+    softmax(hidden @ weight.T / temperature). Differentiable in hidden and weight, whose gradients have their types;
+    the entropies are for logging and carry no gradient. Raises IndexError for a target that is no token.
     """
-    all_logprobs_NV = F.log_softmax(logits_NV.float() / temperature, dim=-1)
-    logprobs_N = all_logprobs_NV.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)
-    with torch.no_grad():  # entr(p) = -p log p, and 0 at p = 0, where p * log p would be NaN
-        entropy_N = torch.special.entr(all_logprobs_NV.exp()).sum(-1)
-    return logprobs_N, entropy_N
+    N, V = len(hidden_ND), len(weight_VD)
+    if targets_N.shape != (N,) or (N and not 0 <= targets_N.min() <= targets_N.max() < V):
+        raise IndexError(f"linear_logprob: targets {tuple(targets_N.shape)} for {N} rows; one in 0..{V - 1} each")
+    if not torch.is_grad_enabled():  # then forward keeps no tiles
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
+    return _LinearLogprob.apply(hidden_ND, weight_VD, targets_N, temperature)

@@ -1,7 +1,9 @@
-"""Triton kernels with the names and signatures of their plain-PyTorch twins in `model.py`."""
+"""Triton kernels with the names and signatures of their plain-PyTorch twins in `model.py` and `sampler.py`."""
 
-from .logprob import token_logprob
+from .decode_attention import PrefixTiles, decode_attention
+from .linear_logprob import linear_logprob
+from .sampling import sample
 
 # transformers probes for a PyPI package of this name and compares versions; "0" is older than any it accepts.
 __version__ = "0"
-__all__ = ["token_logprob"]
+__all__ = ["PrefixTiles", "decode_attention", "linear_logprob", "sample"]

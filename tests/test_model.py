@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from model import ModelConfig, RMSNorm, Transformer, rope_frequencies, token_logprob
+from model import ModelConfig, RMSNorm, Transformer, linear_logprob, rope_frequencies
 
 GOLDEN = Path(__file__).parent / "golden"
 STORIES = Path(__file__).parents[1].parent / "shared" / "data" / "stories260K"
@@ -628,59 +628,37 @@ def test_links_of_a_download_cache_are_followed(tmp_path, monkeypatch):
         torch.testing.assert_close(logits_of(model), LOGITS["llama"], atol=2e-5, rtol=0)
 
 
-# ---------------------------------------------------------------- token log-probabilities
+# ---------------------------------------------------------------- the log-prob head (see also test_linear_logprob.py)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-def test_token_logprob_is_the_log_softmax_of_float64(temperature):
-    """Values, entropies and gradients agree with float64 arithmetic, peaked and huge logits included.
-
-    2e-6 relative and absolute: a float32 sum of 37 terms is good to about 1e-6.
-    """
-    generator = torch.Generator().manual_seed(0)
-    logits_NV = torch.randn(11, 37, generator=generator) * torch.logspace(-2, 3, 11).unsqueeze(1)
-    targets_N = torch.randint(0, 37, (11,), generator=generator)
-    weights_N = torch.randn(11, generator=generator)
-    logits_NV.requires_grad_()
-    logprobs_N, entropy_N = token_logprob(logits_NV, targets_N, temperature)
-    gradient_NV, = torch.autograd.grad((logprobs_N * weights_N).sum(), logits_NV)
-
-    probs_NV = (logits_NV.detach().double() / temperature).softmax(-1)
-    all_logprobs_NV = (logits_NV.detach().double() / temperature).log_softmax(-1)
-    chosen_NV = F.one_hot(targets_N, 37).double()
-    close = {"atol": 2e-6, "rtol": 2e-6}
-    torch.testing.assert_close(logprobs_N.double(), (all_logprobs_NV * chosen_NV).sum(-1), **close)
-    torch.testing.assert_close(entropy_N.double(), -(probs_NV * all_logprobs_NV).sum(-1), **close)
-    expected_NV = weights_N.unsqueeze(1) * (chosen_NV - probs_NV) / temperature
-    torch.testing.assert_close(gradient_NV.double(), expected_NV, **close)
-    assert logprobs_N.requires_grad and not entropy_N.requires_grad
+@pytest.mark.parametrize("hidden_type", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight_type", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_log_prob_head_widens_half_precision_first(hidden_type, weight_type):
+    """Types may be mixed: log-probs and entropies equal those of the same numbers in float32 to the bit, and so do
+    gradients once rounded to the type of their tensor."""
+    generator = torch.Generator().manual_seed(2)
+    hidden_ND = torch.randn(5, 8, generator=generator).to(hidden_type)
+    weight_VD = torch.randn(700, 8, generator=generator).to(weight_type)
+    results = []
+    for narrow in (True, False):
+        leaves = [x.clone() if narrow else x.float() for x in (hidden_ND, weight_VD)]
+        logprobs_N, entropies_N = linear_logprob(*(x.requires_grad_() for x in leaves), torch.arange(5) * 170, 1.7)
+        logprobs_N.sum().backward()
+        results.append([logprobs_N, entropies_N, *(leaf.grad for leaf in leaves)])
+    assert results[0][0].dtype == results[0][1].dtype == torch.float32
+    for narrow, wide in zip(*results):
+        assert torch.equal(narrow, wide.to(narrow.dtype))
+    assert (results[0][2].dtype, results[0][3].dtype) == (hidden_type, weight_type)
 
 
-def test_token_logprob_takes_forbidden_tokens():
-    """Logits of -inf are probability 0: they change no value, make no NaN, and receive gradient exactly 0."""
-    logits_NV = torch.randn(4, 9, generator=torch.Generator().manual_seed(1))
-    targets_N = torch.tensor([0, 1, 2, 3])
-    padded_NV = F.pad(logits_NV, (0, 3), value=-math.inf).requires_grad_()
-    logprobs_N, entropy_N = token_logprob(padded_NV, targets_N)
-    plain_N, plain_entropy_N = token_logprob(logits_NV, targets_N)
-    torch.testing.assert_close((logprobs_N, entropy_N), (plain_N, plain_entropy_N), atol=1e-6, rtol=0)
-    gradient_NV, = torch.autograd.grad(logprobs_N.sum(), padded_NV)
-    assert gradient_NV.isfinite().all() and (gradient_NV[:, 9:] == 0).all()
-    assert token_logprob(padded_NV, torch.full((4,), 10))[0].eq(-math.inf).all()
-
-
-def test_token_logprob_of_half_precision_is_float32():
-    """bfloat16 logits are widened first: the result equals that of the same numbers in float32 to the bit."""
-    logits_NV = (torch.randn(5, 33, generator=torch.Generator().manual_seed(2)) * 4).bfloat16()
-    targets_N = torch.arange(5)
-    narrow, wide = token_logprob(logits_NV, targets_N, 0.7), token_logprob(logits_NV.float(), targets_N, 0.7)
-    assert narrow[0].dtype == narrow[1].dtype == torch.float32
-    assert torch.equal(narrow[0], wide[0]) and torch.equal(narrow[1], wide[1])
-
-
-def test_certainty_has_entropy_zero_and_indifference_log_v():
-    """The two ends of the entropy, in nats; a certain token has log-probability 0."""
-    logits_NV = torch.tensor([[0.0, -math.inf, -math.inf], [2.0, 2.0, 2.0]])
-    logprobs_N, entropy_N = token_logprob(logits_NV, torch.tensor([0, 1]))
-    torch.testing.assert_close(logprobs_N, torch.tensor([0.0, -math.log(3)]))
-    torch.testing.assert_close(entropy_N, torch.tensor([0.0, math.log(3)]))
+@pytest.mark.parametrize("temperature", [0.5, 1.7])
+def test_the_log_prob_head_equals_log_softmax_of_the_logits(tmp_path, temperature):
+    """What the update trains on is what `logits` says: log_softmax(logits / temperature) of a model, in float64 up to
+    the head's own float32 rounding of sums of 32 terms of order 1 (1e-6)."""
+    model = load(tmp_path)
+    hidden_ND = model(TOKENS)[0].detach()
+    logprobs_N, entropies_N = linear_logprob(hidden_ND, model.lm_head.weight, TOKENS[0], temperature)
+    all_NV = (hidden_ND.double() @ model.lm_head.weight.double().T / temperature).log_softmax(-1)
+    expected_N = all_NV.gather(1, TOKENS[0].unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(logprobs_N.double(), expected_N, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(entropies_N.double(), -(all_NV.exp() * all_NV).sum(-1), rtol=1e-6, atol=1e-6)
