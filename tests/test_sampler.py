@@ -1,11 +1,15 @@
 """Claims about sampler.py: what is sampled depends on (seed, row id, position) and the model, and on nothing else."""
+import dataclasses
+import doctest
 import math
+import types
 
 import pytest
 import torch
 
-from model import ModelConfig, Transformer, token_logprob
-from sampler import Branch, Fork, RowNoise, SamplingParams, branch, generate, prefill, sample
+import sampler
+from model import ModelConfig, Transformer
+from sampler import Branch, Fork, SamplingParams, branch, generate, noise_keys, prefill, sample, uniform
 
 VOCABULARY = 61
 
@@ -49,7 +53,7 @@ def full_forward_logprobs(model, prompt, completion, temperature):
     tokens_BT = torch.tensor([prompt + completion])
     with torch.no_grad():
         logits_NV = model.logits(model(tokens_BT[:, :-1]))[0, len(prompt) - 1:]
-    return token_logprob(logits_NV, tokens_BT[0, len(prompt):], temperature)[0]
+    return (logits_NV / temperature).log_softmax(-1).gather(1, tokens_BT[0, len(prompt):, None])[:, 0]
 
 
 def as_tuples(groups):
@@ -116,18 +120,41 @@ def test_prefill_in_several_passes_equals_one_pass(model):
 def test_rows_hold_no_copy_of_the_prefix(model):
     """The prefix of every run is a view of the trunk's storage, and own K/V have room for sampled tokens only."""
     trunk = prefill(model, [ids(50, i) for i in range(4)])
-    cache = Branch(trunk, [Fork(i, 40, (8 * i, 8 * i + 1)) for i in range(4)], capacity=16)
+    forks = [Fork(i, 40, (8 * i, 8 * i + 1)) for i in range(4)]
+    cache = Branch(trunk, forks, [0, 0, 1, 1, 2, 2, 3, 3], capacity=16)
     assert len(cache.runs) == 1, "four alike neighbours are one batched product"
-    groups, _, *where = cache.runs[0]
-    view = cache.prefix(trunk.keys[0], where[0], groups, *where[1:])
-    assert view.shape == (4, 2, 40, 8)
-    assert view.untyped_storage().data_ptr() == trunk.keys[0].untyped_storage().data_ptr()
-    for i in range(4):
-        start = trunk.starts[i]
-        assert torch.equal(view[trunk.order.index(i)], trunk.keys[0][:, start:start + 40])
+    for head, view in enumerate(cache.runs[0].views[0][0]):
+        assert view.shape == (4, 40, 8)
+        assert view.untyped_storage().data_ptr() == trunk.keys[0].untyped_storage().data_ptr()
+        for i in range(4):
+            start = trunk.starts[i]
+            assert torch.equal(view[trunk.order.index(i)], trunk.keys[0][head, start:start + 40])
     new = torch.zeros(8, 2, 1, 8)
     cache.attend(0, torch.zeros(8, 4, 1, 8), new, new)
-    assert cache.keys[0].shape == (8, 2, 16, 8)
+    assert cache.keys[0].shape == (2, 8, 16, 8)
+
+
+def test_groups_of_unequal_size_share_one_product(model):
+    """Rows finish one by one: groups of 3, 1, 4 and 2 rows on prefixes of one length, one length apart and not, still
+    sample what each row samples alone."""
+    prompts, params = [ids(10, i) for i in range(6)], SamplingParams(12, seed=9)
+    trunk = prefill(model, prompts)
+    for chosen, sizes, num_runs in (((0, 1, 2, 3), (3, 1, 4, 2), 1), ((0, 1, 3, 5), (2, 2, 3, 1), 2)):
+        forks = [Fork(i, 10, tuple(range(100 * i, 100 * i + size))) for i, size in zip(chosen, sizes)]
+        owners = [f for f, size in enumerate(sizes) for _ in range(size)]
+        assert len(Branch(trunk, forks, owners).runs) == num_runs
+        alone = [branch(model, prefill(model, [prompts[i]]), [Fork(0, 10, (100 * i + j,))], params)[0][0]
+                 for i, size in zip(chosen, sizes) for j in range(size)]
+        together = [completion for group in branch(model, trunk, forks, params) for completion in group]
+        assert as_tuples([together]) == as_tuples([alone])
+
+
+@pytest.mark.parametrize("max_rows", [1, 5, 12])
+def test_rows_at_once_change_nothing(model, max_rows):
+    """However many rows are decoded side by side, a row samples the same tokens."""
+    prompts, params = [ids(n, n) for n in (6, 2, 6)], SamplingParams(15, stop_token_ids=(3, 8), seed=6)
+    whole, parts = (generate(model, prompts, params, num_samples=4, max_rows=rows) for rows in (256, max_rows))
+    assert as_tuples(whole) == as_tuples(parts)
 
 
 def test_finished_rows_leave_the_batch():
@@ -182,9 +209,8 @@ def test_the_drawn_distribution_is_the_softmax(peak):
     about 2 of 10,000 seeds (the seed is fixed); a distortion of one cell of probability p by a share d adds
     40,000 p d^2, so 10% of a cell of 0.1 would add 40."""
     logits_V = torch.linspace(-1, 1, 9) * peak
-    noise = RowNoise(0, list(range(200)), "cpu")
-    slots_R, positions_R = (x.flatten() for x in torch.meshgrid(torch.arange(200), torch.arange(200), indexing="ij"))
-    tokens_R, logprobs_R = sample(logits_V.expand(40_000, 9), 1.0, noise, slots_R, positions_R)
+    keys_R, positions_R = noise_keys(0, range(200)).repeat_interleave(200), torch.arange(200).repeat(200)
+    tokens_R, logprobs_R, _ = sample(logits_V.expand(40_000, 9), 1.0, keys_R, positions_R)
     expected_V = logits_V.softmax(0) * 40_000
     chi_square = ((torch.bincount(tokens_R, minlength=9) - expected_V) ** 2 / expected_V).sum().item()
     assert chi_square < 30
@@ -193,9 +219,8 @@ def test_the_drawn_distribution_is_the_softmax(peak):
 
 def test_random_numbers_are_uniform_and_uncorrelated():
     """151,936 x 20 numbers: mean within 5 standard errors of 1/2, neighbours (token, position, row) uncorrelated."""
-    noise = RowNoise(1, [5, 6], "cpu")
-    slots_R, positions_R = torch.tensor([0] * 10 + [1] * 10), torch.arange(10).repeat(2)
-    u_RV = noise.uniform(slots_R, positions_R, 151_936).double()
+    keys_R, positions_R = noise_keys(1, [5, 6]).repeat_interleave(10), torch.arange(10).repeat(2)
+    u_RV = uniform(keys_R, positions_R, 151_936).double()
     error = 1 / math.sqrt(12 * u_RV.numel())
     assert abs(u_RV.mean().item() - 0.5) < 5 * error and 0 < u_RV.min() and u_RV.max() <= 1
     centred_RV = (u_RV - 0.5) * math.sqrt(12)
@@ -207,10 +232,10 @@ def test_random_numbers_are_uniform_and_uncorrelated():
 def test_masked_and_peaked_logits_are_handled():
     """-inf is never drawn, a certain token has log-prob 0, very negative logits give no NaN."""
     logits_RV = torch.tensor([[0.0, -math.inf, 0.0], [1e4, 0.0, 0.0], [-1e30, -1e30, -1e30]])
-    noise = RowNoise(0, [0, 1, 2], "cpu")
     for position in range(50):
-        tokens_R, logprobs_R = sample(logits_RV, 1.0, noise, torch.arange(3), torch.full((3,), position))
+        tokens_R, logprobs_R, entropies_R = sample(logits_RV, 1.0, noise_keys(0, range(3)), torch.full((3,), position))
         assert tokens_R[0] != 1 and tokens_R[1] == 0 and logprobs_R[1] == 0 and logprobs_R.isfinite().all()
+        torch.testing.assert_close(entropies_R, torch.tensor([math.log(2), 0.0, math.log(3)]))
 
 
 @pytest.mark.parametrize("length, limit", [(0, 5), (21, 5), (10, 0)])
@@ -218,3 +243,70 @@ def test_impossible_forks_are_refused(model, length, limit):
     """A fork before the first token, behind the last one, or without room to sample."""
     with pytest.raises(ValueError, match="must be at least 1"):
         branch(model, prefill(model, [ids(20)]), [Fork(0, length, (0,))], SamplingParams(limit))
+
+
+# ---------------------------------------------------------------- slots, with the kernels
+
+
+def reference_ops():
+    """The kernels' plain twins: attention by kernels/decode_attention.py's reference, drawing by the sampler's own."""
+    from kernels.decode_attention import PrefixTiles, reference_decode_attention
+    return types.SimpleNamespace(PrefixTiles=PrefixTiles, decode_attention=reference_decode_attention, sample=sample)
+
+
+def counting_ops():
+    """For the fake: attention that does nothing, so that only tokens and slots are at work."""
+    ops = reference_ops()
+    ops.decode_attention = lambda q_RHC, *_: q_RHC
+    return ops
+
+
+@pytest.mark.parametrize("max_rows", [1, 4, 7, 64])
+def test_slots_sample_what_rows_in_step_do(model, max_rows):
+    """Same tokens, log-probs to 1e-5, for ragged rows that are refilled (15 rows in 1, 4 or 7 slots) and compacted,
+    with branch points inside a sequence, limits of their own and rows that stop at their first token."""
+    prompts, params = [ids(n, n) for n in (4, 30, 1, 4, 12)], SamplingParams(30, stop_token_ids=(3, 5, 9), seed=1)
+    forks = [Fork(i, len(p) - (i == 1) * 7, tuple(range(10 * i, 10 * i + 3)), 30 if i else 4)
+             for i, p in enumerate(prompts)]
+    trunk = prefill(model, prompts)
+    in_step = branch(model, trunk, forks, params)
+    in_slots = branch(model, trunk, forks, params, max_rows=max_rows, ops=reference_ops())
+    assert as_tuples(in_step) == as_tuples(in_slots)
+    for ours, theirs in zip(sum(in_step, []), sum(in_slots, [])):
+        torch.testing.assert_close(torch.tensor(ours.logprobs), torch.tensor(theirs.logprobs), atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.tensor(ours.entropies), torch.tensor(theirs.entropies), atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("interpreter_without_two_faults")
+def test_the_triton_kernels_sample_what_plain_pytorch_does(model):
+    """The same through kernels/ themselves (here by Triton's interpreter): tokens equal, log-probs to 1e-5."""
+    import kernels
+    model = Transformer(dataclasses.replace(model.config, head_dim=16)).initialize(0)
+    prompts, params = [ids(5), ids(9, 1)], SamplingParams(6, stop_token_ids=(3, 5), seed=8)
+    forks = [Fork(0, 5, (0, 1, 2)), Fork(1, 9, (3, 4)), Fork(1, 4, (5,))]
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    trunk = prefill(model, prompts)
+    plain = branch(model, trunk, forks, params)
+    fused = branch(model, trunk, forks, params, max_rows=4, ops=kernels)
+    assert as_tuples(plain) == as_tuples(fused)
+    for ours, theirs in zip(sum(plain, []), sum(fused, [])):
+        torch.testing.assert_close(torch.tensor(ours.logprobs), torch.tensor(theirs.logprobs), atol=1e-5, rtol=0)
+
+
+def test_a_freed_slot_is_given_to_the_next_row():
+    """The fake counts upward and stops at 20: 12 rows of 1 to 12 tokens in 4 slots. A row's first token costs no pass,
+    so 66 tokens fill 4 slots for 17 passes at best; waves of 4 would take 11 + 10 + 9, as long as their longest."""
+    fake, prompts = CountingModel(), [[start] for start in (8, 19, 18, 17, 9, 16, 15, 14, 10, 13, 12, 11)]
+    params = SamplingParams(40, temperature=0, stop_token_ids=(20,))
+    groups = generate(fake, prompts, params, max_rows=4, ops=counting_ops())
+    for (completion,), (start,) in zip(groups, prompts):
+        assert completion.token_ids == list(range(start + 1, 21)) and completion.finish_reason == "stop"
+    passes, in_waves = fake.rows[1:], CountingModel()
+    generate(in_waves, prompts, params, max_rows=4)
+    assert max(passes) == 4 and min(passes) < 4, "the batch shrinks when nobody waits"
+    assert len(in_waves.rows[1:]) == 30 and len(passes) <= 24
+
+
+def test_docstring_examples():
+    """The worked examples of sampler.py are true."""
+    assert doctest.testmod(sampler).failed == 0
