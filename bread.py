@@ -47,10 +47,14 @@ import checkpoint
 import model as plain
 import report
 from config import Config, parse_args
+from packing import Prefixes, forward_suffixes
+from parallel import Ranks
 from rewards import extract_answer, math_reward, parse_gold
 from sampler import Fork, SamplingParams, branch, prefill
 from traces import Problem, Tokenizer, load_problems
 
+TOKENS = ("base", "probe", "resample", "eval", "prefilled", "eval prefilled")
+COUNTS = (*TOKENS, "unaided", "searched", "probes")  # what ranks add up
 HINT_ROOM = 64  # tokens for the words around a hint; the hint itself counts toward the answer, as every anchor does
 TINY = 5_000_000  # parameters
 EXAMPLE = Path(__file__).resolve().parent / "examples" / "chain"
@@ -68,6 +72,7 @@ class Rollout:
     finish_reason: str
     reward: float
     advantage: float = 0.0
+    entropy: float | None = None  # mean over the completion's tokens, nats, as they were sampled
 
 
 # ---------------------------------------------------------------- the algorithm
@@ -78,23 +83,24 @@ def train(run):
     config = run.config
     run.announce()
     run.evaluate()
-    while not run.is_finished():
-        problems = run.next_problems()
+    while not run.finished:
+        problems = run.ranks.share(run.next_problems())
         if config.method == "sft":
             groups = [[expert_rollout(run, problem, advantage=1.0)] for problem in problems]
         else:
             with run.clock("sample"):
                 groups = sample_groups(run, [(problem, 0) for problem in problems], "base")            # 1
-                run.unaided = report.mean(rollout.reward for group in groups for rollout in group)
+                run.counts["unaided"] += sum(map(num_successes, groups))
                 failed = [i for i, group in enumerate(groups) if num_successes(group) == 0]
                 anchored = search_anchors(run, [problems[i] for i in failed])                          # 2
                 for i in failed:
                     groups[i] = anchored.get(problems[i].id) or after_failure(run, groups[i])          # 3
             for group in groups:
                 set_advantages(group, divide_by_std=not config.no_std)                                 # 4
+        groups = run.together(groups)
         with run.clock("update"):
             update(run, groups)                                                                        # 5
-        run.step += 1
+        run.advance()
         run.evaluate()
         run.report(groups)
         run.save()
@@ -110,17 +116,17 @@ def sample_groups(run, points, kind, trunk=None, group_size=None, temperature=No
     c, G, groups = run.config, group_size or run.config.group_size, []
     temperature = c.temperature if temperature is None else temperature
     params = SamplingParams(c.max_new_tokens, temperature, run.tokenizer.stop_token_ids, c.seed)
-    per_call = max(1, c.sample_batch_size // G)
-    for begin in range(0, len(points), per_call):
-        forks, contexts = [], [run.context(problem, cut) for problem, cut in points[begin:begin + per_call]]
+    for begin in range(0, len(points), c.sample_batch_size):  # bounds what the prompts of a large evaluation hold
+        forks, contexts = [], [run.context(*point) for point in points[begin:begin + c.sample_batch_size]]
         for i, (problem, cut, prompt_ids, anchor_ids) in enumerate(contexts):
             row_ids = tuple(draw_id(run.step, kind, problem.id, cut, sample) for sample in range(G))
             sequence = i if trunk is None else trunk[1][problem.id]
             forks.append(Fork(sequence, len(prompt_ids) + len(anchor_ids), row_ids, c.max_new_tokens - cut))
         cache = trunk[0] if trunk else run.prefill([prompt + anchor for _, _, prompt, anchor in contexts], kind)
+        sampled = branch(run.model, cache, forks, params, c.sample_batch_size, run.kernels)
         groups += [[run.rollout(*context, completion) for completion in completions]
-                   for context, completions in zip(contexts, branch(run.model, cache, forks, params))]
-    run.tokens[kind] += sum(len(rollout.completion_ids) for group in groups for rollout in group)
+                   for context, completions in zip(contexts, sampled)]
+    run.counts[kind] += sum(len(rollout.completion_ids) for group in groups for rollout in group)
     return groups
 
 
@@ -148,7 +154,7 @@ def search_anchors(run, problems):
         groups = sample_groups(run, points, "probe", trunk)
         probes.update(zip(asked.items(), groups))
         replies = {key: num_successes(group) for key, group in zip(asked, groups)}
-    run.searched = len(problems), len(probes), list(accepted.values())
+    run.counts.update(searched=len(problems), probes=len(probes))
     return accepted
 
 
@@ -269,88 +275,115 @@ def k3_divergence(logprobs_BT, reference_BT, loss_mask_BT, denominator):
 
 @dataclasses.dataclass
 class Batch:
-    """A micro-batch of B rollouts, padded on the right. Position t of every (B, T) tensor is about token t + 1.
+    """A micro-batch of B rollouts. What a group shares, its context but for the last token, runs through the network
+    once; a row's input begins with that last token, so that every position of it predicts one token of the completion.
 
-        tokens      q q q q e e e o o o s .        (s: the stop token, an action like any other)
-        loss_mask     0 0 0 0 0 0 1 1 1 1 0        made from lengths, never from token values
+        context  q q q e e           completion  o o o s         (s: the stop token, an action like any other)
+        prefix   q q q e             input       e o o o
+                                     target      o o o s         a (B, T) tensor has an entry for each, then zeros
     """
-    tokens_BT: torch.Tensor         # one column longer than the others
-    loss_mask_BT: torch.Tensor
+    rows: list                      # per rollout: (which prefix, input token ids)
+    targets_N: torch.Tensor         # completions end to end
+    loss_mask_BT: torch.Tensor      # 1 on every token of a completion, or its importance weight
     old_logprobs_BT: torch.Tensor   # NaN where nobody sampled (an expert's trace), until the first pass fills it
     advantages_B: torch.Tensor
     denominator: torch.Tensor | float
     reference_BT: torch.Tensor | None = None
 
 
-def make_batch(run, rollouts, num_tokens, num_rollouts):
-    """Rollouts -> Batch. `num_tokens` and `num_rollouts` count the whole update, not this micro-batch."""
-    contexts = [rollout.prompt_ids + rollout.anchor_ids for rollout in rollouts]
-    T = max(len(context) + len(r.completion_ids) for context, r in zip(contexts, rollouts)) - 1
-    tokens_BT = torch.zeros(len(rollouts), T + 1, dtype=torch.int64)
-    loss_mask_BT, old_BT = torch.zeros(len(rollouts), T), torch.zeros(len(rollouts), T)
-    for row, (context, rollout) in enumerate(zip(contexts, rollouts)):
-        ids = context + rollout.completion_ids
-        sampled = slice(len(context) - 1, len(ids) - 1)
-        tokens_BT[row, :len(ids)] = torch.tensor(ids)
-        loss_mask_BT[row, sampled] = 1.0
-        old_BT[row, sampled] = torch.nan if rollout.logprobs is None else torch.tensor(rollout.logprobs)
-    advantages_B = torch.tensor([rollout.advantage for rollout in rollouts])
+def make_packs(run, groups, num_tokens, num_rollouts):
+    """Rollouts that carry a gradient -> [(prefixes, [Batch, ...])]: contexts whose rollouts fill a micro-batch
+    together, or one context with more of them. `num_tokens` and `num_rollouts` count the whole update."""
+    members, packs, size = {}, [], run.config.micro_batch_size
+    for rollout in (rollout for group in groups for rollout in group if rollout.advantage or run.config.kl):
+        members.setdefault(tuple(rollout.prompt_ids + rollout.anchor_ids), []).append(rollout)
+    room = 0
+    for context in sorted(members, key=len):
+        if len(members[context]) > room:
+            packs.append([])
+            room = size
+        packs[-1].append(context)
+        room -= len(members[context])
+    return [([list(context[:-1]) for context in pack],
+             [make_batch(run, rows[i:i + size], num_tokens, num_rollouts) for i in range(0, len(rows), size)])
+            for pack in packs
+            for rows in [[(i, rollout) for i, context in enumerate(pack) for rollout in members[context]]]]
+
+
+def make_batch(run, rows, num_tokens, num_rollouts):
+    """[(which prefix, rollout), ...] -> Batch."""
+    rollouts, lengths = [rollout for _, rollout in rows], [len(rollout.completion_ids) for _, rollout in rows]
+    old_BT = torch.zeros(len(rows), max(lengths))
+    for row, rollout in enumerate(rollouts):
+        old_BT[row, :lengths[row]] = torch.nan if rollout.logprobs is None else torch.tensor(rollout.logprobs)
+    loss_mask_BT = (torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)).float()
     denominator = float(num_tokens)
     if run.config.loss_mean == "sequence":
         denominator = (loss_mask_BT.sum(1, keepdim=True).clamp(min=1) * num_rollouts).to(run.device)
-    return Batch(*(x.to(run.device) for x in (tokens_BT, loss_mask_BT, old_BT, advantages_B)), denominator)
+    inputs = [(i, [(rollout.prompt_ids + rollout.anchor_ids)[-1], *rollout.completion_ids[:-1]]) for i, rollout in rows]
+    targets_N = torch.tensor([token for rollout in rollouts for token in rollout.completion_ids])
+    advantages_B = torch.tensor([rollout.advantage for rollout in rollouts])
+    return Batch(inputs, *(x.to(run.device) for x in (targets_N, loss_mask_BT, old_BT, advantages_B)), denominator)
 
 
-def token_logprobs(run, model, batch):
-    """(log-probs (B, T) of the sampled tokens, zero elsewhere; sum of their entropies). No other position
-    reaches the LM head, which costs more than the rest of a small model."""
-    is_sampled_BT = batch.loss_mask_BT > 0
-    hidden_ND = model(batch.tokens_BT[:, :-1])[is_sampled_BT]
-    targets_N = batch.tokens_BT[:, 1:][is_sampled_BT]
-    logprobs_N, entropy_N = run.ops.token_logprob(model.logits(hidden_ND), targets_N, run.config.temperature)
-    return torch.zeros_like(batch.loss_mask_BT).masked_scatter(is_sampled_BT, logprobs_N), entropy_N.sum()
+def token_logprobs(run, model, prefixes, batch):
+    """(log-probs (B, T) of the completions' tokens, zero on padding; sum of their entropies)."""
+    hidden_ND = forward_suffixes(model, prefixes, batch.rows)
+    logprobs_N, entropy_N = run.ops.linear_logprob(hidden_ND, model.lm_head.weight, batch.targets_N,
+                                                   run.config.temperature)
+    return torch.zeros_like(batch.loss_mask_BT).masked_scatter(batch.loss_mask_BT > 0, logprobs_N), entropy_N.sum()
 
 
 def update(run, groups):
     """`--updates-per-batch` optimizer steps on all rollouts of a step; leaves its metrics in run.metrics.
 
-    One denominator for the whole update: gradients do not depend on how rows fall into micro-batches. Rollouts of
-    a group with equal rewards count in it, but (without a KL term) their gradient is exactly zero, so they are not
-    run through the network; entropy and clip fraction are means over the tokens that were.
+    One denominator for the whole update: gradients do not depend on how rows fall into micro-batches or on ranks.
+    Rollouts of a group with equal rewards count in it, but (without a KL term) their gradient is exactly zero, so they
+    are not run through the network; entropy and clip fraction are means over the tokens that were.
     """
     c, everyone = run.config, [rollout for group in groups for rollout in group]
-    rollouts = sorted((r for r in everyone if r.advantage or c.kl),
-                      key=lambda r: len(r.prompt_ids) + len(r.anchor_ids) + len(r.completion_ids))
     num_tokens = sum(len(rollout.completion_ids) for rollout in everyone)
-    batches = [make_batch(run, rollouts[i:i + c.micro_batch_size], num_tokens, len(everyone))
-               for i in range(0, len(rollouts), c.micro_batch_size)]
+    packs = make_packs(run, run.ranks.share(groups), num_tokens, len(everyone))
+    has_gradient = any(rollout.advantage or c.kl for rollout in everyone)
     sums, norms = collections.Counter(), []
-    for epoch in range(c.updates_per_batch if batches else 0):
-        for batch in batches:
-            logprobs_BT, entropy = token_logprobs(run, run.model, batch)
-            if epoch == 0:
-                fix_old_logprobs(run, batch, logprobs_BT.detach(), sums)
-            loss = batch_loss(c, batch, logprobs_BT)
-            loss.backward()
-            sums["loss"] += loss.item()
-            sums["entropy"] += entropy.item()
-            sums["tokens"] += batch.loss_mask_BT.sum().item()
-            sums["clipped"] += num_clipped(c, batch, logprobs_BT.detach())
-        norms.append(run.optimizer_step())
-    epochs, tokens = max(len(norms), 1), max(sums["tokens"], 1)
-    run.metrics = {"loss": sums["loss"] / epochs, "grad_norm": sum(norms) / epochs,
-                   "entropy": sums["entropy"] / tokens, "clip_fraction": sums["clipped"] / tokens,
-                   "sampler/logprob_gap": sums["gap"] * epochs / tokens}
+    for epoch in range(c.updates_per_batch if has_gradient else 0):
+        loss_before = sums["loss"]
+        for contexts, batches in packs:
+            prefixes = Prefixes(run.model, contexts)
+            for batch in batches:
+                logprobs_BT, entropy = token_logprobs(run, run.model, prefixes, batch)
+                if epoch == 0:
+                    fix_old_logprobs(run, contexts, batch, logprobs_BT.detach(), sums)
+                loss = batch_loss(c, batch, logprobs_BT)
+                loss.backward()
+                sums.update(loss=loss.item(), entropy=entropy.item(), tokens=len(batch.targets_N),
+                            clipped=num_clipped(c, batch, logprobs_BT.detach()))
+            prefixes.backward()
+        norms.append(run.optimizer_step(sums["loss"] - loss_before))
+    names = ("loss", "entropy", "clipped", "gap", "weight", "tokens")
+    loss, entropy, clipped, gap, weight, tokens = run.ranks.sum(sums[name] for name in names)
+    epochs, tokens = max(len(norms), 1), max(tokens, 1)
+    run.metrics = {"loss": loss / epochs, "grad_norm": sum(norms) / epochs, "entropy": entropy / tokens,
+                   "clip_fraction": clipped / tokens, "sampler/logprob_gap": gap * epochs / tokens,
+                   "sampler/importance_weight": weight * epochs / tokens}
 
 
-def fix_old_logprobs(run, batch, logprobs_BT, sums):
-    """First pass over a batch: measure the gap to the sampler's log-probs, fill in those of tokens that nobody
-    sampled, score the reference model if there is one. From then on they stay as they are."""
-    sums["gap"] += (logprobs_BT - batch.old_logprobs_BT).abs().nansum().item()
+def fix_old_logprobs(run, contexts, batch, logprobs_BT, sums):
+    """First pass over a batch: measure how far the sampler's log-probs are from the trainer's, fill in those of tokens
+    that nobody sampled, score the reference model if there is one. From then on they stay as they are.
+
+    With --importance-cap the ratio of both becomes each token's weight, cut off at the cap, and the trainer's
+    log-probs are the old ones (truncated importance sampling, for a sampler that rounds differently).
+    """
+    gap_BT = torch.where(batch.old_logprobs_BT.isnan(), 0.0, logprobs_BT - batch.old_logprobs_BT)
+    weight_BT = gap_BT.exp().clamp(1e-30, run.config.importance_cap or torch.inf)  # 0 in the mask would mean padding
+    sums.update(gap=gap_BT.abs().sum().item(), weight=(weight_BT * batch.loss_mask_BT).sum().item())
+    if run.config.importance_cap:
+        batch.old_logprobs_BT, batch.loss_mask_BT = logprobs_BT, batch.loss_mask_BT * weight_BT
     batch.old_logprobs_BT = torch.where(batch.old_logprobs_BT.isnan(), logprobs_BT, batch.old_logprobs_BT)
     if run.reference is not None:
         with torch.no_grad():
-            batch.reference_BT, _ = token_logprobs(run, run.reference, batch)
+            batch.reference_BT, _ = token_logprobs(run, run.reference, Prefixes(run.reference, contexts), batch)
 
 
 def batch_loss(config, batch, logprobs_BT):
@@ -369,7 +402,7 @@ def num_clipped(config, batch, logprobs_BT):
     ratio_BT, advantages_B1 = (logprobs_BT - batch.old_logprobs_BT).exp(), batch.advantages_B.unsqueeze(1)
     clipped_BT = torch.where(advantages_B1 > 0, ratio_BT > 1 + config.clip_high,
                              (ratio_BT < 1 - config.clip_low) & (advantages_B1 < 0))
-    return (clipped_BT * batch.loss_mask_BT).sum().item()
+    return (clipped_BT & (batch.loss_mask_BT > 0)).sum().item()
 
 
 # ---------------------------------------------------------------- the run: its state and what it leaves behind
@@ -383,17 +416,23 @@ class Run:
 
     def __init__(self, config):
         c = self.config = config
-        self.step, self.signal, self.began, self.unaided = 0, None, time.time(), None
+        self.step, self.signal, self.began = 0, None, time.time()
         self.tokens, self.seconds = collections.Counter(), collections.Counter()
-        self.metrics, self.searched, self.evals, self.skipped_updates = {}, (0, 0, []), [], 0
-        self.device = pick_device(c.device)
+        self.counts, self.totals = collections.Counter(), {}  # on this rank and under way; summed, of the last step
+        self.metrics, self.evals, self.skipped_updates, self.skipped_in_a_row, self.failure = {}, [], 0, 0, None
+        self.ranks = Ranks(pick_device(c.device))
+        self.device = self.ranks.device
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.ops = load_kernels() if self.device.type == "cuda" else plain
         self.tokenizer = Tokenizer.from_pretrained(c.model)
         # A new run claims its folder once everything has been read, so that bad input leaves nothing behind.
-        self.folder = checkpoint.RunFolder(c.output, resume=True) if c.resume else None
-        resumed, notes = self.folder.latest() if c.resume else (None, [])
+        self.folder = checkpoint.RunFolder(c.output, resume=True) if c.resume and self.ranks.rank == 0 else None
+        resumed, notes = self.ranks.from_first(self.folder.latest() if self.folder else (None, []))
         self.model = plain.Transformer.from_pretrained(resumed or c.model, self.device, self.dtype)
+        self.model.recompute = c.recompute
+        # The kernels' tiles want head sizes that are powers of two; other models run on plain PyTorch.
+        fits = self.model.config.head_dim in (16, 32, 64, 128, 256)
+        self.kernels = load_kernels() if self.device.type == "cuda" and fits else None
+        self.ops = self.kernels or plain
         self.model.folder = Path(c.model).resolve()  # tokenizer files are copied from here; checkpoints come and go
         self.reference = plain.Transformer.from_pretrained(c.model, self.device, self.dtype) if c.kl else None
         self.problems, self.eval_problems = self.load(c.data), self.load(c.eval_data)
@@ -406,13 +445,18 @@ class Run:
         # float32 masters, and the bf16 weights are rounded copies of them.
         self.weights = list(self.model.parameters())
         self.num_parameters = sum(weight.numel() for weight in self.weights)
-        self.masters = self.weights if self.dtype == torch.float32 else [p.detach().float() for p in self.weights]
-        self.optimizer = torch.optim.AdamW(self.masters, c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay)
+        self.owners = self.ranks.owners([weight.numel() for weight in self.weights])
+        self.masters = {i: weight if self.dtype == torch.float32 else weight.detach().float()
+                        for i, weight in enumerate(self.weights) if self.owners[i] == self.ranks.rank}
+        self.optimizer = torch.optim.AdamW(self.masters.values(), c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay,
+                                           fused=self.device.type == "cuda")  # no temporaries as large as the model
         if not c.eval:
-            self.folder = self.folder or checkpoint.RunFolder(c.output, overwrite=c.overwrite)
+            if self.ranks.rank == 0:
+                self.folder = self.folder or checkpoint.RunFolder(c.output, overwrite=c.overwrite)
             self.settle(resumed)
         self.before = self.progress()
-        self.bar = tqdm(total=1.0, initial=self.before, disable=c.eval or None, leave=False,
+        self.finished = self.before >= 1
+        self.bar = tqdm(total=1.0, initial=self.before, disable=c.eval or self.ranks.rank > 0 or None, leave=False,
                         bar_format="{percentage:3.0f}% {bar} {elapsed} / {remaining} left")
         self.handlers = {} if c.eval else {number: signal.signal(number, self.stop)
                                            for number in (signal.SIGINT, signal.SIGTERM)}
@@ -443,24 +487,42 @@ class Run:
         c = self.config
         record = dataclasses.asdict(c) | {"data_sha256": file_hash(c.data), "eval_sha256": file_hash(c.eval_data)}
         if resumed is None:
-            return self.folder.write_json("run.json", record)
+            return self.folder and self.folder.write_json("run.json", record)
         may_differ = {"steps", "token_budget", "output", "overwrite", "resume", "device", "eval_every", "eval_samples",
-                      "save_every", "sample_batch_size", "micro_batch_size", "data", "eval_data", "eval_sha256"}
-        for name, was in self.folder.read_json("run.json").items():
+                      "save_every", "sample_batch_size", "micro_batch_size", "data", "eval_data", "eval_sha256",
+                      "recompute", "max_skipped_updates"}
+        for name, was in self.ranks.from_first(self.folder and self.folder.read_json("run.json")).items():
             if name not in may_differ and record.get(name) != was:
                 raise ValueError(f"--resume: {name} is {record.get(name)!r}, but the run in {c.output} has {was!r}; "
                                  "start a new run in another --output")
         tensors, meta = checkpoint.load(resumed)
-        checkpoint.restore_optimizer(self.optimizer, tensors)
+        checkpoint.restore_optimizer(self.optimizer, tensors, list(self.masters))
         self.step, self.evals, self.skipped_updates = meta["step"], meta["evals"], meta["skipped_updates"]
         self.tokens, self.seconds = collections.Counter(meta["tokens"]), collections.Counter(meta["seconds"])
         for name in ("metrics.jsonl", "samples.jsonl"):
-            self.folder.truncate(name, self.step)
+            if self.folder:
+                self.folder.truncate(name, self.step)
 
     # -------- what the algorithm asks of it
 
-    def is_finished(self):
-        return self.signal is not None or self.progress() >= 1
+    def together(self, groups):
+        """The step's groups from all ranks, in the order of its problems; what they counted is summed."""
+        self.totals = self.add_up()
+        return self.ranks.gather(groups)
+
+    def add_up(self):
+        """Sum what was counted since the last time over all ranks; tokens go into run.tokens."""
+        totals = dict(zip(COUNTS, map(int, self.ranks.sum(self.counts[name] for name in COUNTS))))
+        self.tokens.update({name: totals[name] for name in TOKENS})
+        self.counts.clear()
+        return totals
+
+    def advance(self):
+        """The step is taken. Whether another follows is decided here, once, by all ranks together."""
+        self.step += 1
+        agreed = int(max(self.ranks.gather([self.signal or 0])))
+        self.signal = agreed or self.signal  # one that came while they talked counts in the next step
+        self.finished = agreed > 0 or self.failure is not None or self.progress() >= 1
 
     def progress(self):
         """Share of the run that is done, from 0 to 1: of its steps or of its token budget, whichever ends it."""
@@ -486,7 +548,7 @@ class Run:
         return order[position * count:(position + 1) * count]
 
     def prefill(self, sequences, kind):
-        self.tokens["eval prefilled" if kind == "eval" else "prefilled"] += sum(map(len, sequences))
+        self.counts["eval prefilled" if kind == "eval" else "prefilled"] += sum(map(len, sequences))
         return prefill(self.model, sequences)
 
     def context(self, problem, cut):
@@ -504,31 +566,47 @@ class Run:
         opening = "<think>\n" if self.tokenizer.opens_thinking else ""
         reward = math_reward(opening + self.tokenizer.decode(anchor_ids + completion.token_ids), problem.answer)
         return Rollout(problem, cut, prompt_ids, anchor_ids, completion.token_ids, completion.logprobs,
-                       completion.finish_reason, reward)
+                       completion.finish_reason, reward, entropy=report.mean(completion.entropies))
 
-    def optimizer_step(self):
-        """Clip, step, round the masters back into the weights; returns the gradient norm before clipping.
+    def optimizer_step(self, loss):
+        """Sum gradients over the ranks, clip, step, round the masters back into the weights; returns the gradient
+        norm before clipping.
 
-        A norm that is not finite leaves every weight and moment as it was, and is counted.
+        A loss or norm that is not finite leaves every weight and moment as it was, and is counted.
         """
-        for master, weight in zip(self.masters, self.weights):
-            if master is not weight:
-                master.grad, weight.grad = weight.grad.float(), None
+        for i, (weight, owner) in enumerate(zip(self.weights, self.owners)):
+            grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            weight.grad, grad = None, self.ranks.reduce(grad.float(), owner)
+            if i in self.masters:
+                self.masters[i].grad = grad
+        squares, loss = self.ranks.sum([sum(float(x.grad.square().sum(dtype=torch.float64))
+                                            for x in self.masters.values()), loss])
+        norm = math.sqrt(squares)
+        if math.isfinite(norm) and math.isfinite(loss):
+            self.skipped_in_a_row = 0
+            self.step_masters(self.config.grad_clip / max(norm, self.config.grad_clip))
+        else:
+            self.skipped_updates, self.skipped_in_a_row = self.skipped_updates + 1, self.skipped_in_a_row + 1
+            if self.skipped_in_a_row >= self.config.max_skipped_updates:
+                self.failure = (f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite; "
+                                "the run is saved as it was before them: lower --lr, or look at samples.jsonl")
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.no_grad()
+    def step_masters(self, clip):
+        """One step of AdamW on gradients scaled by `clip`, at the learning rate of this point of the run."""
         warm = (self.step + 1) / max(self.config.warmup_steps, 1)
         left = (1 - self.progress()) / max(self.config.lr_decay, 1e-9)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * min(1.0, warm, left)
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.config.grad_clip).item()
-        if math.isfinite(norm):
-            self.optimizer.step()
-            with torch.no_grad():
-                for master, weight in zip(self.masters, self.weights):
-                    if master is not weight:
-                        weight.copy_(master)
-        else:
-            self.skipped_updates += 1
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        for master in self.masters.values():
+            master.grad.mul_(clip)
+        self.optimizer.step()
+        for i, weight in enumerate(self.weights):
+            if i in self.masters and self.masters[i] is not weight:
+                weight.copy_(self.masters[i])
+            self.ranks.broadcast(weight.data, self.owners[i])
 
     @contextlib.contextmanager
     def clock(self, name):
@@ -554,27 +632,36 @@ class Run:
         with self.clock("eval"):
             self.evals.append({"step": self.step, "eval/accuracy": self.accuracy(self.config.temperature),
                                "eval/greedy": self.accuracy(0.0), "tokens/sampled": self.tokens_sampled()})
+            self.add_up()
 
     def accuracy(self, temperature):
+        """Mean reward on the held-out problems: of one greedy answer each, or of --eval-samples sampled ones."""
         samples = self.config.eval_samples if temperature else 1
-        points = [(problem, 0) for problem in self.eval_problems]
+        points = [(problem, 0) for problem in self.ranks.share(self.eval_problems)]
         groups = sample_groups(self, points, "eval", None, samples, temperature)
-        return report.mean(rollout.reward for group in groups for rollout in group)
+        rewards = self.ranks.gather([report.mean(rollout.reward for rollout in group) for group in groups])
+        return report.mean(rewards)
 
     # -------- what a run leaves behind
 
     def save(self):
         """checkpoint-N: a Hugging Face folder beside masters, moments and counters. The last step always saves."""
-        if not (self.is_finished() or self.config.save_every and self.step % self.config.save_every == 0):
+        if not (self.finished or self.config.save_every and self.step % self.config.save_every == 0):
             return
         meta = {"step": self.step, "evals": self.evals, "skipped_updates": self.skipped_updates,
                 "tokens": self.tokens, "seconds": self.seconds}
-        self.folder.save(self.step, self.model.save_pretrained, checkpoint.optimizer_tensors(self.optimizer), meta)
+        tensors = self.ranks.collect(checkpoint.optimizer_tensors(self.optimizer, list(self.masters)))
+        if self.folder:
+            self.folder.save(self.step, self.model.save_pretrained, tensors, meta)
 
     def report(self, groups):
         """One JSON object for scripts, a few rollouts to look at, one line for the reader."""
-        row = {"step": self.step, "reward": self.unaided, **report.group_metrics(groups, self.searched),
-               **self.metrics, "skipped_updates": self.skipped_updates, "tokens/sampled": self.tokens_sampled()}
+        if not self.folder:
+            return
+        tried = 0 if self.config.method == "sft" else len(groups) * self.config.group_size
+        reward = self.totals["unaided"] / tried if tried else None
+        row = {"step": self.step, "reward": reward, **report.group_metrics(groups, self.totals), **self.metrics,
+               "skipped_updates": self.skipped_updates, "tokens/sampled": self.tokens_sampled()}
         row |= {f"tokens/{kind}": self.tokens[kind] for kind in ("base", "probe", "resample", "eval", "prefilled")}
         row |= {f"seconds/{name}": round(seconds, 3) for name, seconds in self.seconds.items()}
         if self.evals and self.evals[-1]["step"] == self.step:
@@ -588,8 +675,9 @@ class Run:
         self.bar.update(done - self.bar.n)
 
     def say(self, line):
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        if self.ranks.rank == 0:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
 
     def announce(self):
         """Print what runs on what, and what a step costs."""
@@ -604,10 +692,12 @@ class Run:
         self.bar.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        saved = self.folder.path / f"checkpoint-{self.step}"
-        self.say(report.closing(self.config, self.evals, saved if saved.is_dir() else "none", self.tokens,
-                                time.time() - self.began, self.config.model == str(EXAMPLE / "model")))
-        self.folder.close()
+        if self.folder:
+            saved = self.folder.path / f"checkpoint-{self.step}"
+            self.say(report.closing(self.config, self.evals, saved if saved.is_dir() else "none", self.tokens,
+                                    time.time() - self.began, self.config.model == str(EXAMPLE / "model")))
+            self.folder.close()
+        self.ranks.leave()
 
 
 def draw_id(*key):
@@ -639,7 +729,8 @@ def pick_device(name):
 
 
 def main(argv=None):
-    """Exit code: 0; 1 if files cannot be written; 2 after bad input; 130 or 143 after an interrupt, state saved."""
+    """Exit code: 0; 2 after bad input; 1 if files cannot be written or gradients are not finite; 130 or 143 after an
+    interrupt. The last two save the run's state."""
     try:
         run = Run(parse_args(sys.argv[1:] if argv is None else argv, EXAMPLE))
     except ValueError as error:
@@ -652,8 +743,12 @@ def main(argv=None):
             run.evaluate()
             run.say(f"{len(run.eval_problems)} problems, no anchors: greedy {run.evals[-1]['eval/greedy']:.1%}, "
                     f"sampled {run.evals[-1]['eval/accuracy']:.1%}")
+            run.ranks.leave()
     except OSError as error:  # a full disk, say; checkpoints saved before are whole
         print(f"bread.py: {error}", file=sys.stderr)
+        return 1
+    if run.failure:
+        print(f"bread.py: {run.failure}", file=sys.stderr)
         return 1
     return 128 + run.signal if run.signal else 0
 

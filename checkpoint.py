@@ -162,28 +162,33 @@ def load(folder):
         raise ValueError(f"{folder / TENSORS} is damaged ({error}): remove {folder} to resume from an older one")
 
 
-def optimizer_tensors(optimizer):
-    """{name: tensor} of what an optimizer must remember: its parameters (the masters), and Adam's moments."""
-    tensors = {f"{number}.master": parameter for number, parameter in enumerate(parameters_of(optimizer))}
-    for number, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"{number}.{name}": tensor for name, tensor in state.items()}
+def optimizer_tensors(optimizer, numbers):
+    """{name: tensor} of what an optimizer must remember: its parameters (the masters), and Adam's moments.
+
+    numbers: which of the model's parameters these are, in the optimizer's order; names are "NUMBER.master" and so on.
+    """
+    tensors = {f"{number}.master": parameter for number, parameter in zip(numbers, parameters_of(optimizer))}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"{numbers[i]}.{name}": tensor for name, tensor in state.items()}
     return tensors
 
 
 @torch.no_grad()
-def restore_optimizer(optimizer, tensors):
-    """Put what `optimizer_tensors` gave back into an optimizer of the same parameters; else ValueError."""
-    states = {}
+def restore_optimizer(optimizer, tensors, numbers):
+    """Put what `optimizer_tensors` gave, of these parameters at least, back into an optimizer; else ValueError."""
+    states = {number: {} for number in numbers}
     for name, tensor in tensors.items():
         number, key = name.split(".")
-        states.setdefault(int(number), {})[key] = tensor
-    masters = [states[number].pop("master") for number in sorted(states)]
+        if int(number) in states:
+            states[int(number)][key] = tensor
+    masters = [state.pop("master", torch.empty(0)) for state in states.values()]
     if [master.shape for master in masters] != [parameter.shape for parameter in parameters_of(optimizer)]:
         raise ValueError("the optimizer state of this checkpoint belongs to a model of other shapes")
     for parameter, master in zip(parameters_of(optimizer), masters):
         parameter.copy_(master)
     # load_state_dict moves each tensor to where the optimizer wants it; learning rates stay as they are.
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    state = {i: state for i, state in enumerate(states.values()) if state}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def parameters_of(optimizer):

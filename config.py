@@ -39,6 +39,7 @@ class Config:
     temperature: float = option(1.0, "of sampling, and of the log-probs that are trained on")
     sample_batch_size: int = option(256, "rows sampled at once; lower it when sampling runs out of memory")
     micro_batch_size: int = option(32, "rows per backward pass; decides memory and speed, never the gradient")
+    recompute: bool = option(False, "compute activations again in the backward pass: less memory, a third more time")
     updates_per_batch: int = option(1, "optimizer steps on each batch of rollouts")
     lr: float = option(1e-6, "AdamW's learning rate after warm-up")
     warmup_steps: int = option(0, "steps over which the learning rate rises to --lr")
@@ -47,10 +48,12 @@ class Config:
     grad_clip: float = option(1.0, "largest gradient norm")
     clip_low: float = option(0.2, "no gradient where A < 0 and the ratio is below 1 - this")
     clip_high: float = option(0.2, "no gradient where A > 0 and the ratio is above 1 + this")
+    importance_cap: float = option(0.0, "weight tokens by min(this, trainer's / sampler's probability); 0: no weights")
     no_std: bool = option(False, "do not divide advantages by the group's std (Dr.GRPO)")
     loss_mean: str = option("token", "mean over all tokens, or over rollouts of their token means (GRPO's paper)",
                             ("token", "sequence"))
     kl: float = option(0.0, "weight of the k3 divergence from the starting weights (0: no reference model)")
+    max_skipped_updates: int = option(5, "stop after this many updates in a row whose loss or gradient was not finite")
     seed: int = option(0, "decides the order of problems and every sampled token")
     device: str = option("", "cpu, cuda, cuda:1 (default: cuda where there is one)")
     eval_every: int = option(10, "steps between evaluations")
@@ -69,7 +72,7 @@ class Config:
                 raise ValueError(f"{flag} is {value}, it must be at least {least}")
             if field.name in ("temperature", "lr", "grad_clip") and not 0 < value < float("inf"):
                 raise ValueError(f"{flag} is {value}, it must be a number above 0")
-            if field.name in ("kl", "weight_decay", "clip_high") and not 0 <= value < float("inf"):
+            if field.name in ("kl", "weight_decay", "clip_high", "importance_cap") and not 0 <= value < float("inf"):
                 raise ValueError(f"{flag} is {value}, it must be a number that is not negative")
             if field.metadata["choices"] and value not in field.metadata["choices"]:
                 raise ValueError(f"{flag} is {value!r}, it must be one of {', '.join(field.metadata['choices'])}")

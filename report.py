@@ -14,19 +14,20 @@ ABOUT = {
 NOT_OPTIONS = ("model", "data", "eval_data", "output", "method")
 
 
-def group_metrics(groups, searched):
+def group_metrics(groups, totals):
     """What a step's groups of rollouts say, by TRL's names where the meaning is the same.
 
-    searched: (number of problems searched, number of probes, accepted groups).
+    totals: {"unaided": successes without an anchor, "searched": problems, "probes": groups sampled for them}.
     """
-    num_searched, num_probes, accepted = searched
     rollouts = [rollout for group in groups for rollout in group]
+    accepted = [group for group in groups if group[0].cut]
     return {
         "reward/train": mean(rollout.reward for rollout in rollouts),
         "frac_reward_zero_std": mean(not any(rollout.advantage for rollout in group) for group in groups),
-        "anchor/searched": num_searched, "anchor/accepted": len(accepted), "anchor/probes": num_probes,
+        "anchor/searched": totals["searched"], "anchor/accepted": len(accepted), "anchor/probes": totals["probes"],
         "anchor/fraction": mean(group[0].cut / len(group[0].problem.expert_ids) for group in accepted),
         "completions/mean_length": mean(len(rollout.completion_ids) for rollout in rollouts),
+        "sampler/entropy": mean(rollout.entropy for rollout in rollouts if rollout.entropy is not None),
         "completions/clipped_ratio": mean(rollout.finish_reason == "length" for rollout in rollouts)}
 
 
@@ -35,7 +36,7 @@ def sample(step, rollout, decode):
     return {"step": step, "id": rollout.problem.id, "question": rollout.problem.question,
             "anchor": decode(rollout.problem.expert_ids[:rollout.cut]), "completion": decode(rollout.completion_ids),
             "answer": rollout.problem.answer, "reward": rollout.reward, "advantage": rollout.advantage,
-            "finish_reason": rollout.finish_reason}
+            "finish_reason": rollout.finish_reason, "entropy": rollout.entropy}
 
 
 def mean(values):

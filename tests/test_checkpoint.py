@@ -126,42 +126,78 @@ def test_loaded_tensors_outlive_their_checkpoint(run):
     assert tensors["moment"].tolist() == [1] * 50
 
 
+def take_steps(parameters, optimizer, count):
+    for _ in range(count):
+        sum((parameter.sin() ** 2).sum() for parameter in parameters).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def make_optimizer(values):
+    """(copies of the values as parameters, an AdamW of two groups over them)"""
+    parameters = [value.clone().requires_grad_() for value in values]
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:], "weight_decay": 0.0}]
+    return parameters, torch.optim.AdamW(groups, lr=1e-2)
+
+
+def assert_same_state(parameters, optimizer, expected, expected_optimizer):
+    """Values and everything that AdamW keeps for each of them, bit for bit."""
+    for ours, theirs in zip(parameters, expected, strict=True):
+        assert torch.equal(ours, theirs)
+        assert optimizer.state[ours].keys() == expected_optimizer.state[theirs].keys() != set()
+        for name, value in expected_optimizer.state[theirs].items():
+            assert torch.equal(optimizer.state[ours][name], value), name
+
+
+START = [torch.randn(3, 4), torch.randn(5), torch.randn(2), torch.randn(5)]
+
+
 def test_an_optimizer_goes_on_as_if_it_had_never_stopped(run):
     """Six AdamW steps equal three, a save, a load into a fresh model and optimizer, and three more, bit for bit."""
-    def step(parameters, optimizer, count):
-        for _ in range(count):
-            sum((parameter.sin() ** 2).sum() for parameter in parameters).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    straight, optimizer = make_optimizer(START)
+    take_steps(straight, optimizer, 3)
+    numbers = [7, 2, 11, 10]  # of a larger model's parameters, in the optimizer's order
+    tensors = checkpoint.optimizer_tensors(optimizer, numbers)
+    assert {name for name in tensors if name.startswith("11.")} == {
+        "11.master", "11.step", "11.exp_avg", "11.exp_avg_sq"} and len(tensors) == 16
+    path = save(run, 3, tensors=tensors)
+    take_steps(straight, optimizer, 3)
 
-    def make(values):
-        parameters = [value.clone().requires_grad_() for value in values]
-        groups = [{"params": parameters[:1]}, {"params": parameters[1:], "weight_decay": 0.0}]
-        return parameters, torch.optim.AdamW(groups, lr=1e-2)
+    resumed, fresh = make_optimizer([torch.zeros_like(value) for value in START])
+    checkpoint.restore_optimizer(fresh, load(path)[0], numbers)
+    take_steps(resumed, fresh, 3)
+    assert_same_state(resumed, fresh, straight, optimizer)
 
-    start = [torch.randn(3, 4), torch.randn(5), torch.randn(2)]
-    straight, optimizer = make(start)
-    step(straight, optimizer, 3)
-    path = save(run, 3, tensors=checkpoint.optimizer_tensors(optimizer))
-    step(straight, optimizer, 3)
 
-    resumed, fresh = make([torch.zeros_like(value) for value in start])
-    checkpoint.restore_optimizer(fresh, load(path)[0])
-    step(resumed, fresh, 3)
-    for ours, theirs in zip(resumed, straight, strict=True):
-        assert torch.equal(ours, theirs)
-        for name, value in optimizer.state[theirs].items():
-            assert torch.equal(fresh.state[ours][name], value), name
+@pytest.mark.parametrize("owners", [([0, 2], [3, 1]), ([1], [0, 3, 2]), ([0, 1, 2, 3],)])
+def test_an_optimizer_state_is_restored_however_the_parameters_were_split(run, owners):
+    """What several processes saved, each its own parameters, is what one would have saved, name for name and bit for
+    bit; and each process finds the state of its own in it, equal shapes (5,) not mixed up."""
+    whole, optimizer = make_optimizer(START)
+    take_steps(whole, optimizer, 3)
+    together = checkpoint.optimizer_tensors(optimizer, range(4))
+    apart = {}
+    for numbers in owners:
+        mine, part = make_optimizer([START[number] for number in numbers])
+        checkpoint.restore_optimizer(part, together, numbers)
+        assert_same_state(mine, part, [whole[number] for number in numbers], optimizer)
+        apart |= checkpoint.optimizer_tensors(part, numbers)
+    assert apart.keys() == together.keys()
+    assert all(torch.equal(apart[name], together[name]) for name in together)
 
 
 def test_optimizer_state_of_another_model_is_refused():
-    """Other shapes, or another number of parameters, are a ValueError before anything is copied."""
+    """Other shapes, another order, or parameters that are not there, are a ValueError before anything is copied."""
     def make(*shapes):
         return torch.optim.AdamW([torch.nn.Parameter(torch.zeros(shape)) for shape in shapes])
 
-    for other in (make(3, 4), make(3), make(3, 5, 6)):
+    saved = checkpoint.optimizer_tensors(make(3, 5), [0, 1])
+    saved = {name: tensor + 1 for name, tensor in saved.items()}
+    for shapes, numbers in (((3, 4), (0, 1)), ((5, 3), (0, 1)), ((3, 5, 6), (0, 1, 2)), ((3, 3), (0, 2)), ((3,), (9,))):
+        other = make(*shapes)
         with pytest.raises(ValueError, match="other shapes"):
-            checkpoint.restore_optimizer(other, checkpoint.optimizer_tensors(make(3, 5)))
+            checkpoint.restore_optimizer(other, saved, numbers)
+        assert all((parameter == 0).all() for parameter in checkpoint.parameters_of(other))
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
