@@ -211,6 +211,22 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
+def product(x, weight, bias=None):
+    """F.linear, but on a CPU, where a few rows meet a large weight (decoding), W x^T: the matrix library then shares
+    the weight out among threads, not the rows. 1.6x at 32 rows, 1.3x at 64, equal at 256 (Qwen2.5-0.5B, 2 threads)."""
+    rows = x.numel() // x.shape[-1]
+    is_skinny = 1 < rows <= 128 and weight.numel() >= 2**18 and torch.get_num_threads() > 1
+    if x.device.type != "cpu" or torch.is_grad_enabled() or not is_skinny:
+        return F.linear(x, weight, bias)
+    out = torch.mm(weight, x.reshape(rows, -1).T).T.contiguous()
+    return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return product(x, self.weight, self.bias)
+
+
 class FusedLinear(nn.Module):
     """Linear maps of the same input, stacked into one matrix product: rows is {"q_proj": rows of its weight, ...}."""
 
@@ -221,7 +237,7 @@ class FusedLinear(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.empty(sum(rows.values()))) if bias else None)
 
     def forward(self, x):
-        return F.linear(x, self.weight, self.bias)
+        return product(x, self.weight, self.bias)
 
 
 def fused_parts(model, prefix):
@@ -256,7 +272,7 @@ class Attention(nn.Module):
         self.layer, self.heads, self.head_dim = layer, (H, K), C
         self.qkv_proj = FusedLinear(D, {"q_proj": H * C, "k_proj": K * C, "v_proj": K * C},
                                     bias=config.model_type == "qwen2" or config.attention_bias)
-        self.o_proj = nn.Linear(H * C, D, bias=config.attention_bias)
+        self.o_proj = Linear(H * C, D, bias=config.attention_bias)
         self.has_norms = config.model_type == "qwen3"
         if self.has_norms:
             self.q_norm, self.k_norm = RMSNorm(C, config.rms_norm_eps), RMSNorm(C, config.rms_norm_eps)
@@ -285,7 +301,7 @@ class MLP(nn.Module):
         super().__init__()
         D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_up_proj = FusedLinear(D, {"gate_proj": inner, "up_proj": inner}, bias)
-        self.down_proj = nn.Linear(inner, D, bias=bias)
+        self.down_proj = Linear(inner, D, bias=bias)
 
     def forward(self, x_BTD):
         gate, up = self.gate_up_proj(x_BTD).chunk(2, -1)
@@ -320,7 +336,7 @@ class Transformer(nn.Module):
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.register_load_state_dict_pre_hook(stack_parts)

@@ -87,8 +87,8 @@ def branch(model, trunk, forks, params, max_rows=256, ops=None, workers=1):
         decode_in_slots(model, trunk, forks, rows, min(max_rows, rows.num), params, ops)
     for begin in range(0, rows.num if ops is None else 0, max_rows):
         members = rows.order[begin:begin + max_rows]
-        # Below 64 rows a thread, waiting for Python's lock costs more than the second core brings.
-        parts = max(1, min(workers, len(members) // 64))
+        # Below 128 rows a thread, waiting for Python's lock costs more than the second core brings.
+        parts = max(1, min(workers, len(members) // 128))
         share = -(-len(members) // parts)
         in_threads([lambda part=members[i:i + share]: decode_in_step(model, trunk, forks, rows, part, params)
                     for i in range(0, len(members), share)])

@@ -128,7 +128,7 @@ class Oracle:
         self.prefilled += sequences
         return sequences
 
-    def branch(self, model, trunk, forks, params, max_rows, ops):
+    def branch(self, model, trunk, forks, params, max_rows, ops, workers):
         groups = []
         for fork in forks:
             context = trunk[fork.sequence][:fork.length]
@@ -1018,7 +1018,7 @@ def record_forks(monkeypatch, run):
     seen = []
     monkeypatch.setattr(bread, "prefill", lambda model, sequences: sequences)
 
-    def branch(model, trunk, forks, params, max_rows, ops):
+    def branch(model, trunk, forks, params, max_rows, ops, workers):
         seen.extend((trunk[fork.sequence][:fork.length], fork.max_new_tokens) for fork in forks)
         return [[Completion([run.tokenizer.eos_id], [-1.0], "stop") for _ in fork.row_ids] for fork in forks]
     monkeypatch.setattr(bread, "branch", branch)

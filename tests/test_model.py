@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from model import ModelConfig, RMSNorm, Transformer, linear_logprob, rope_frequencies
+from model import ModelConfig, RMSNorm, Transformer, linear_logprob, rope_frequencies, product
 
 GOLDEN = Path(__file__).parent / "golden"
 STORIES = Path(__file__).parents[1].parent / "shared" / "data" / "stories260K"
@@ -662,3 +662,17 @@ def test_the_log_prob_head_equals_log_softmax_of_the_logits(tmp_path, temperatur
     expected_N = all_NV.gather(1, TOKENS[0].unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(logprobs_N.double(), expected_N, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(entropies_N.double(), -(all_NV.exp() * all_NV).sum(-1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 32, 129])
+def test_a_product_of_few_rows_is_that_of_many(rows, bias):
+    """Whichever way round a large weight is multiplied, the numbers are those of float64 to float32's rounding."""
+    generator = torch.Generator().manual_seed(rows)
+    x_BTD, weight = torch.randn(rows, 1, 512, generator=generator), torch.randn(600, 512, generator=generator)
+    b = torch.randn(600, generator=generator) if bias else None
+    expected = torch.nn.functional.linear(x_BTD.double(), weight.double(), None if b is None else b.double())
+    with torch.no_grad():
+        out = product(x_BTD, weight, b)
+    assert out.shape == (rows, 1, 600) and out.is_contiguous()
+    torch.testing.assert_close(out.double(), expected, atol=1e-3, rtol=1e-5)

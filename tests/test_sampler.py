@@ -245,6 +245,16 @@ def test_impossible_forks_are_refused(model, length, limit):
         branch(model, prefill(model, [ids(20)]), [Fork(0, length, (0,))], SamplingParams(limit))
 
 
+def test_threads_that_share_the_rows_change_nothing():
+    """300 rows on three threads: the fake's counting rows, each where it belongs, and the thread count as before."""
+    fake, threads = CountingModel(), torch.get_num_threads()
+    prompts, params = [[start] for start in range(60)], SamplingParams(9, temperature=0, stop_token_ids=(20,))
+    alone = generate(fake, prompts, params, num_samples=5, max_rows=384)
+    shared = generate(fake, prompts, params, num_samples=5, max_rows=384, workers=3)
+    assert as_tuples(alone) == as_tuples(shared) and torch.get_num_threads() == threads
+    assert [len(group) for group in shared] == [5] * 60
+
+
 # ---------------------------------------------------------------- slots, with the kernels
 
 
