@@ -349,11 +349,14 @@ def update(run, groups):
     for epoch in range(c.updates_per_batch if has_gradient else 0):
         loss_before = sums["loss"]
         for contexts, batches in packs:
-            prefixes = Prefixes(run.model, contexts)
+            prefixes, reference = Prefixes(run.model, contexts), None
+            if epoch == 0 and run.reference is not None:
+                with torch.no_grad():
+                    reference = Prefixes(run.reference, contexts)
             for batch in batches:
                 logprobs_BT, entropy = token_logprobs(run, run.model, prefixes, batch)
                 if epoch == 0:
-                    fix_old_logprobs(run, contexts, batch, logprobs_BT.detach(), sums)
+                    fix_old_logprobs(run, reference, batch, logprobs_BT.detach(), sums)
                 loss = batch_loss(c, batch, logprobs_BT)
                 loss.backward()
                 sums.update(loss=loss.item(), entropy=entropy.item(), tokens=len(batch.targets_N),
@@ -368,9 +371,9 @@ def update(run, groups):
                    "sampler/importance_weight": weight * epochs / tokens}
 
 
-def fix_old_logprobs(run, contexts, batch, logprobs_BT, sums):
+def fix_old_logprobs(run, reference, batch, logprobs_BT, sums):
     """First pass over a batch: measure how far the sampler's log-probs are from the trainer's, fill in those of tokens
-    that nobody sampled, score the reference model if there is one. From then on they stay as they are.
+    that nobody sampled, score the reference model (its prefixes, or None). From then on they stay as they are.
 
     With --importance-cap the ratio of both becomes each token's weight, cut off at the cap, and the trainer's
     log-probs are the old ones (truncated importance sampling, for a sampler that rounds differently).
@@ -381,9 +384,9 @@ def fix_old_logprobs(run, contexts, batch, logprobs_BT, sums):
     if run.config.importance_cap:
         batch.old_logprobs_BT, batch.loss_mask_BT = logprobs_BT, batch.loss_mask_BT * weight_BT
     batch.old_logprobs_BT = torch.where(batch.old_logprobs_BT.isnan(), logprobs_BT, batch.old_logprobs_BT)
-    if run.reference is not None:
+    if reference is not None:
         with torch.no_grad():
-            batch.reference_BT, _ = token_logprobs(run, run.reference, Prefixes(run.reference, contexts), batch)
+            batch.reference_BT, _ = token_logprobs(run, run.reference, reference, batch)
 
 
 def batch_loss(config, batch, logprobs_BT):

@@ -269,7 +269,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         D, H, K, C = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.layer, self.heads, self.head_dim = layer, (H, K), C
+        self.layer, self.heads = layer, (H, K)
         self.qkv_proj = FusedLinear(D, {"q_proj": H * C, "k_proj": K * C, "v_proj": K * C},
                                     bias=config.model_type == "qwen2" or config.attention_bias)
         self.o_proj = Linear(H * C, D, bias=config.attention_bias)

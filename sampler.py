@@ -85,7 +85,8 @@ def branch(model, trunk, forks, params, max_rows=256, ops=None, workers=1):
     rows = Rows(trunk, forks, params)
     if ops is not None:
         decode_in_slots(model, trunk, forks, rows, min(max_rows, rows.num), params, ops)
-    for begin in range(0, rows.num if ops is None else 0, max_rows):
+        return rows.completions(forks, params.stop_token_ids)
+    for begin in range(0, rows.num, max_rows):
         members = rows.order[begin:begin + max_rows]
         # Below 128 rows a thread, waiting for Python's lock costs more than the second core brings.
         parts = max(1, min(workers, len(members) // 128))
