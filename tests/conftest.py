@@ -49,3 +49,23 @@ def interpreter_without_two_faults(monkeypatch):
     original_dot, original_patch = interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
+
+
+class CountingKernel:
+    """Stands in front of a Triton kernel and notes the grid of each launch."""
+
+    def __init__(self, kernel):
+        self.kernel, self.grids = kernel, []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return self.kernel[grid]
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny models: several threads only wait for each other, for minutes on a busy machine."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)

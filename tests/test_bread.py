@@ -67,13 +67,7 @@ def random_model(config, seed=0):
     return model
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The model is so small that several threads only wait for each other, for minutes on a busy machine."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

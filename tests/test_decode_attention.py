@@ -20,6 +20,7 @@ import pytest
 import torch
 import triton
 
+from conftest import CountingKernel
 # By its full name: the package may export a function of the same name.
 module = importlib.import_module("kernels.decode_attention")
 PrefixTiles, decode_attention = module.PrefixTiles, module.decode_attention
@@ -128,17 +129,6 @@ def test_query_heads_find_their_key_head(H, K, dtype):
 def test_rows_per_tile_do_not_matter(M):
     """One group of 6 rows with 7 query heads each, in 6 tiles of 1 row, 2 of 3 or one of 16, most places empty."""
     assert_right(*make_case([(TILE + 1, [2, 4, 0, 3, 1, 5])], [9, 0, 1, 0, 33, 0], H=7, K=1, C=16, M=M))
-
-
-class CountingKernel:
-    """Stands in front of a Triton kernel and notes the grid of each launch."""
-
-    def __init__(self, kernel):
-        self.kernel, self.grids = kernel, []
-
-    def __getitem__(self, grid):
-        self.grids.append(grid)
-        return self.kernel[grid]
 
 
 def test_several_tiles_on_every_axis_in_two_launches(monkeypatch):

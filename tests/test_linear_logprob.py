@@ -22,6 +22,7 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import CountingKernel
 import model
 
 # import_module, because the package has a function of the module's name.
@@ -323,17 +324,6 @@ def test_the_plain_twin_keeps_no_tiles_where_none_are_needed(monkeypatch):
     model.linear_logprob(hidden_ND, weight_VD, targets_N)
     model.linear_logprob(hidden_ND, weight_VD.detach(), targets_N)
     assert kept == [0, 3, 0]
-
-
-class CountingKernel:
-    """Stands in front of a Triton kernel and notes the grid of each launch."""
-
-    def __init__(self, kernel):
-        self.kernel, self.grids = kernel, []
-
-    def __getitem__(self, grid):
-        self.grids.append(grid)
-        return self.kernel[grid]
 
 
 def test_the_triton_kernels_run_once_per_slice_each_way(monkeypatch):

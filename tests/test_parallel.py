@@ -26,13 +26,7 @@ CHAIN = ROOT / "examples" / "chain"
 LR = 1e-5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As the processes have it: OMP_NUM_THREADS=1."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the processes have it: OMP_NUM_THREADS=1
 
 
 # ---------------------------------------------------------------- processes

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from conftest import CountingKernel
 import kernels
 import sampler
 from kernels import sampling as module
@@ -380,17 +381,6 @@ def test_no_rows_give_empty_outputs():
     """R = 0, a batch that has ended, launches nothing."""
     outputs = sample(*random_case(0, 5000))
     assert [x.shape for x in outputs] == [(0,)] * 3
-
-
-class CountingKernel:
-    """Stands in front of a Triton kernel and notes the grid of each launch."""
-
-    def __init__(self, kernel):
-        self.kernel, self.grids = kernel, []
-
-    def __getitem__(self, grid):
-        self.grids.append(grid)
-        return self.kernel[grid]
 
 
 def test_one_launch_for_a_small_vocabulary_two_for_a_large_one(monkeypatch):
