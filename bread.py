@@ -46,6 +46,7 @@ from tqdm import tqdm
 import checkpoint
 import model as plain
 import report
+from anchors import anchor_adaback, anchor_anneal, anchor_fixed, anchor_random, anchor_search
 from config import Config, parse_args
 from packing import Prefixes, forward_suffixes
 from parallel import Ranks
@@ -89,7 +90,8 @@ def train(run):
             groups = [[expert_rollout(run, problem, advantage=1.0)] for problem in problems]
         else:
             with run.clock("sample"):
-                groups = sample_groups(run, [(problem, 0) for problem in problems], "base")            # 1
+                groups = sample_groups(run, [(problem, 0) for problem in problems], "base") \
+                    if config.tries_unaided else [[] for _ in problems]                                # 1
                 run.counts["unaided"] += sum(map(num_successes, groups))
                 failed = [i for i, group in enumerate(groups) if num_successes(group) == 0]
                 anchored = search_anchors(run, [problems[i] for i in failed])                          # 2
@@ -100,6 +102,9 @@ def train(run):
         groups = run.together(groups)
         with run.clock("update"):
             update(run, groups)                                                                        # 5
+            if config.on_fail == "sft":
+                update(run, [[expert_rollout(run, group[0].problem, advantage=1.0)]
+                             for group in groups if num_successes(group) == 0], supervised=True)
         run.advance()
         run.evaluate()
         run.report(groups)
@@ -137,7 +142,7 @@ def search_anchors(run, problems):
     each problem are prefilled once, however many probes follow.
     """
     by_id, probes, accepted = {problem.id: problem for problem in problems}, {}, {}
-    policies = {problem.id: anchor_policy(run, problem) for problem in problems}
+    policies = {problem.id: anchor_policy(run, problem) for problem in problems}  # id: (cuts, generator)
     trunk, replies = None, dict.fromkeys(by_id)  # the first thing sent to a generator is None
     if problems and run.config.method == "bread" and run.config.anchor_placement == "prefill":
         sequences = [problem.prompt_ids + problem.expert_ids for problem in by_id.values()]
@@ -146,65 +151,38 @@ def search_anchors(run, problems):
         asked = {}
         for key, count in replies.items():
             try:
-                asked[key] = policies[key].send(count)
+                asked[key] = policies[key][1].send(count)
             except StopIteration as done:
                 if done.value is not None:
                     accepted[key] = probes[key, done.value]
-        points = [(by_id[key], by_id[key].cuts[cut]) for key, cut in asked.items()]
+                    run.remember(by_id[key], "used", accepted[key][0].cut)
+        points = [(by_id[key], policies[key][0][cut]) for key, cut in asked.items()]
         groups = sample_groups(run, points, "probe", trunk)
         probes.update(zip(asked.items(), groups))
+        for problem, cut in points:
+            run.remember(problem, "shown", cut)
         replies = {key: num_successes(group) for key, group in zip(asked, groups)}
     run.counts.update(searched=len(problems), probes=len(probes))
     return accepted
 
 
 def anchor_policy(run, problem):
-    """The generator that chooses a failed problem's anchor. It yields indices of cuts and is sent success counts."""
-    c = run.config
-    num_cuts = sum(cut < c.max_new_tokens for cut in problem.cuts) if c.method == "bread" else 0
+    """(cuts, the generator that chooses among them) of a problem: it yields their indices and is sent success counts.
+    A cut is a number of the trace's tokens; one that leaves no room for an answer is not offered."""
+    c, always = run.config, not run.config.tries_unaided
+    cuts = [0] * always + [cut for cut in problem.cuts if cut < c.max_new_tokens] if c.method == "bread" else []
+    bounds = (0, c.group_size) if always else (c.anchor_low, c.anchor_high)
+    question, rng = (len(cuts), c.group_size, *bounds), random.Random(draw_id(c.seed, run.step, problem.id))
     if c.anchor == "search":
-        return anchor_search(num_cuts, c.group_size, c.anchor_low, c.anchor_high)
-    if c.anchor == "random":
-        pick = draw_id(c.seed, run.step, problem.id) % max(num_cuts, 1)
-    else:
-        pick = min(int(c.anchor_fraction * num_cuts), num_cuts - 1)
-    return anchor_once(num_cuts, c.group_size, pick, c.anchor_low, c.anchor_high)
-
-
-def anchor_search(num_cuts, group_size, low=1, high=0):
-    """Binary search for the shortest anchor whose group is neither hopeless nor trivial (a generator).
-
-    Yields the index of a cut, 0 being the shortest anchor; is sent the number of successes of a fresh group there;
-    returns the shortest cut seen with low <= successes <= high (0: group_size - 1), or None. No cut is asked for
-    twice, and at most ceil(log2(num_cuts + 1)) are: 4 where K = 10 episodes give 9 cuts.
-
-    >>> search = anchor_search(num_cuts=9, group_size=8)
-    >>> next(search), search.send(0), search.send(8)      # 0 of 8 at cut 4: show more; 8 of 8 at cut 6: show less
-    (4, 6, 5)
-    >>> search.send(3)                                    # 3 of 8 at cut 5: accepted, and nothing shorter is left
-    Traceback (most recent call last):
-    StopIteration: 5
-    """
-    high = high or group_size - 1
-    first, last, accepted = 0, num_cuts - 1, None
-    while first <= last:
-        cut = (first + last) // 2
-        successes = yield cut
-        if successes < low:
-            first = cut + 1          # out of reach: show more of the trace
-        else:
-            last = cut - 1           # within reach: try to show less
-            if successes <= high:
-                accepted = cut
-    return accepted
-
-
-def anchor_once(num_cuts, group_size, pick, low=1, high=0):
-    """An anchor policy without search: probe the cut `pick`, accept it if its success count is in range."""
-    if num_cuts:
-        successes = yield pick
-        if low <= successes <= (high or group_size - 1):
-            return pick
+        return cuts, anchor_search(*question)
+    if c.anchor == "fixed":
+        return cuts, anchor_fixed(*question, c.anchor_fraction)
+    if c.anchor == "anneal":
+        return cuts, anchor_anneal(*question, rng, run.progress())
+    if c.anchor == "adaback":
+        interval = run.anchors.setdefault(problem.id, {}).setdefault("interval", [0, len(cuts) - 1])
+        return cuts, anchor_adaback(*question, rng, interval)
+    return cuts, anchor_random(*question, rng, c.anchor_from, c.anchor_to)
 
 
 def after_failure(run, group):
@@ -219,6 +197,8 @@ def after_failure(run, group):
 
 def expert_rollout(run, problem, advantage=0.0):
     """The expert's whole trace as a rollout, a stop token added; the policy itself scores it."""
+    run.remember(problem, "shown", len(problem.expert_ids))
+    run.remember(problem, "used", len(problem.expert_ids))
     completion_ids = problem.expert_ids + [run.tokenizer.eos_id]
     return Rollout(problem, 0, problem.prompt_ids, [], completion_ids, None, "stop", 1.0, advantage)
 
@@ -264,6 +244,16 @@ def grpo_loss(logprobs_BT, old_logprobs_BT, advantages_B, loss_mask_BT, clip_low
     return -(objective_BT * loss_mask_BT / denominator).sum()
 
 
+def luffy_loss(logprobs_BT, advantages_B, loss_mask_BT, shaping, denominator):
+    """LUFFY's objective for an expert's tokens (arXiv 2504.14945), negated: p / (p + shaping) * A, never clipped.
+
+    Its gradient p * shaping / (p + shaping)^2 * A is largest where p equals `shaping` (theirs: 0.1), so that unlikely
+    tokens of the trace, which the plain ratio p / p_old would hardly move, are learned from too.
+    """
+    weight_BT = torch.sigmoid(logprobs_BT - math.log(shaping))
+    return -(weight_BT * advantages_B.unsqueeze(1) * loss_mask_BT / denominator).sum()
+
+
 def k3_divergence(logprobs_BT, reference_BT, loss_mask_BT, denominator):
     """KL(policy, reference), estimated without bias and never negative: exp(d) - d - 1, d = log ref - log policy."""
     d_BT = torch.where(loss_mask_BT > 0, reference_BT - logprobs_BT, 0.0).clamp(-20, 20)
@@ -287,6 +277,7 @@ class Batch:
     loss_mask_BT: torch.Tensor      # 1 on every token of a completion, or its importance weight
     old_logprobs_BT: torch.Tensor   # NaN where nobody sampled (an expert's trace), until the first pass fills it
     advantages_B: torch.Tensor
+    expert_B1: torch.Tensor         # (B, 1) 1 on the rollouts that are an expert's trace
     denominator: torch.Tensor | float
     reference_BT: torch.Tensor | None = None
 
@@ -323,7 +314,9 @@ def make_batch(run, rows, num_tokens, num_rollouts):
     inputs = [(i, [(rollout.prompt_ids + rollout.anchor_ids)[-1], *rollout.completion_ids[:-1]]) for i, rollout in rows]
     targets_N = torch.tensor([token for rollout in rollouts for token in rollout.completion_ids])
     advantages_B = torch.tensor([rollout.advantage for rollout in rollouts])
-    return Batch(inputs, *(x.to(run.device) for x in (targets_N, loss_mask_BT, old_BT, advantages_B)), denominator)
+    expert_B1 = torch.tensor([[float(rollout.logprobs is None)] for rollout in rollouts])
+    tensors = (targets_N, loss_mask_BT, old_BT, advantages_B, expert_B1)
+    return Batch(inputs, *(x.to(run.device) for x in tensors), denominator)
 
 
 def token_logprobs(run, model, prefixes, batch):
@@ -334,8 +327,9 @@ def token_logprobs(run, model, prefixes, batch):
     return torch.zeros_like(batch.loss_mask_BT).masked_scatter(batch.loss_mask_BT > 0, logprobs_N), entropy_N.sum()
 
 
-def update(run, groups):
-    """`--updates-per-batch` optimizer steps on all rollouts of a step; leaves its metrics in run.metrics.
+def update(run, groups, supervised=False):
+    """`--updates-per-batch` optimizer steps on all rollouts of a step; leaves its metrics in run.metrics. Supervised:
+    one step of SFT on the expert's traces of problems that failed, as ReLIFT (2506.07527) interleaves them.
 
     One denominator for the whole update: gradients do not depend on how rows fall into micro-batches or on ranks.
     Rollouts of a group with equal rewards count in it, but (without a KL term) their gradient is exactly zero, so they
@@ -346,29 +340,38 @@ def update(run, groups):
     packs = make_packs(run, run.ranks.share(groups), num_tokens, len(everyone))
     has_gradient = any(rollout.advantage or c.kl for rollout in everyone)
     sums, norms = collections.Counter(), []
-    for epoch in range(c.updates_per_batch if has_gradient else 0):
+    epochs = 1 if supervised else c.updates_per_batch
+    for epoch in range(epochs if has_gradient else 0):
         loss_before = sums["loss"]
-        for contexts, batches in packs:
-            prefixes, reference = Prefixes(run.model, contexts), None
-            if epoch == 0 and run.reference is not None:
-                with torch.no_grad():
-                    reference = Prefixes(run.reference, contexts)
-            for batch in batches:
-                logprobs_BT, entropy = token_logprobs(run, run.model, prefixes, batch)
-                if epoch == 0:
-                    fix_old_logprobs(run, reference, batch, logprobs_BT.detach(), sums)
-                loss = batch_loss(c, batch, logprobs_BT)
-                loss.backward()
-                sums.update(loss=loss.item(), entropy=entropy.item(), tokens=len(batch.targets_N),
-                            clipped=num_clipped(c, batch, logprobs_BT.detach()))
-            prefixes.backward()
+        backward(run, packs, epoch == 0, supervised or c.method == "sft", sums)
         norms.append(run.optimizer_step(sums["loss"] - loss_before))
     names = ("loss", "entropy", "clipped", "gap", "weight", "tokens")
     loss, entropy, clipped, gap, weight, tokens = run.ranks.sum(sums[name] for name in names)
     epochs, tokens = max(len(norms), 1), max(tokens, 1)
+    if supervised:
+        run.metrics["sft/loss"] = loss
+        return
     run.metrics = {"loss": loss / epochs, "grad_norm": sum(norms) / epochs, "entropy": entropy / tokens,
                    "clip_fraction": clipped / tokens, "sampler/logprob_gap": gap * epochs / tokens,
                    "sampler/importance_weight": weight * epochs / tokens}
+
+
+def backward(run, packs, is_first, supervised, sums):
+    """Forward and backward of every pack: gradients into the weights, sums over tokens into `sums`."""
+    for contexts, batches in packs:
+        prefixes, reference = Prefixes(run.model, contexts), None
+        if is_first and run.reference is not None:
+            with torch.no_grad():
+                reference = Prefixes(run.reference, contexts)
+        for batch in batches:
+            logprobs_BT, entropy = token_logprobs(run, run.model, prefixes, batch)
+            if is_first:
+                fix_old_logprobs(run, reference, batch, logprobs_BT.detach(), sums)
+            loss = batch_loss(run.config, batch, logprobs_BT, supervised)
+            loss.backward()
+            sums.update(loss=loss.item(), entropy=entropy.item(), tokens=len(batch.targets_N),
+                        clipped=num_clipped(run.config, batch, logprobs_BT.detach()))
+        prefixes.backward()
 
 
 def fix_old_logprobs(run, reference, batch, logprobs_BT, sums):
@@ -389,12 +392,16 @@ def fix_old_logprobs(run, reference, batch, logprobs_BT, sums):
             batch.reference_BT, _ = token_logprobs(run, run.reference, reference, batch)
 
 
-def batch_loss(config, batch, logprobs_BT):
+def batch_loss(config, batch, logprobs_BT, supervised):
     """This micro-batch's share of the loss: SFT's negative log-likelihood, or GRPO's objective with its KL term."""
-    if config.method == "sft":
+    if supervised:
         return -(logprobs_BT * batch.loss_mask_BT / batch.denominator).sum()
-    loss = grpo_loss(logprobs_BT, batch.old_logprobs_BT, batch.advantages_B, batch.loss_mask_BT,
+    shaped_B1 = batch.expert_B1 * float(config.expert_shaping > 0)
+    loss = grpo_loss(logprobs_BT, batch.old_logprobs_BT, batch.advantages_B, batch.loss_mask_BT * (1 - shaped_B1),
                      config.clip_low, config.clip_high, batch.denominator)
+    if config.expert_shaping:
+        loss = loss + luffy_loss(logprobs_BT, batch.advantages_B, batch.loss_mask_BT * shaped_B1,
+                                 config.expert_shaping, batch.denominator)
     if batch.reference_BT is None:
         return loss
     return loss + config.kl * k3_divergence(logprobs_BT, batch.reference_BT, batch.loss_mask_BT, batch.denominator)
@@ -422,7 +429,8 @@ class Run:
         self.step, self.signal, self.began = 0, None, time.time()
         self.tokens, self.seconds = collections.Counter(), collections.Counter()
         self.counts, self.totals = collections.Counter(), {}  # on this rank and under way; summed, of the last step
-        self.metrics, self.evals, self.skipped_updates, self.skipped_in_a_row, self.failure = {}, [], 0, 0, None
+        self.metrics, self.evals, self.anchors = {}, [], {}  # anchors: a record per problem, see `remember`
+        self.skipped_updates, self.skipped_in_a_row, self.failure = 0, 0, None
         self.ranks = Ranks(pick_device(c.device))
         self.device = self.ranks.device
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -444,8 +452,25 @@ class Run:
                              f"{c.problems_per_step}; give at most {len(self.problems)}")
         for note in notes:
             self.say(note)
-        # bf16 keeps 8 bits: at a learning rate of 1e-6 every step would be rounded away. AdamW therefore works on
-        # float32 masters, and the bf16 weights are rounded copies of them.
+        self.prepare_weights()
+        if not c.eval:
+            if self.ranks.rank == 0:
+                self.folder = self.folder or checkpoint.RunFolder(c.output, overwrite=c.overwrite)
+            self.settle(resumed)
+        self.before = self.progress()
+        self.finished = self.before >= 1
+        self.bar = tqdm(total=1.0, initial=self.before, disable=c.eval or self.ranks.rank > 0 or None, leave=False,
+                        bar_format="{percentage:3.0f}% {bar} {elapsed} / {remaining} left")
+        self.handlers = {} if c.eval else {number: signal.signal(number, self.stop)
+                                           for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def prepare_weights(self):
+        """Float32 masters of the weights that this rank owns, and their optimizer.
+
+        bf16 keeps 8 bits: at a learning rate of 1e-6 every step would be rounded away. AdamW therefore works on
+        float32 masters, and the bf16 weights are rounded copies of them.
+        """
+        c = self.config
         self.weights = list(self.model.parameters())
         self.num_parameters = sum(weight.numel() for weight in self.weights)
         # Decoding a tiny model is hundreds of tiny operations. To wake a sleeping second thread for each costs more
@@ -457,16 +482,6 @@ class Run:
                         for i, weight in enumerate(self.weights) if self.owners[i] == self.ranks.rank}
         self.optimizer = torch.optim.AdamW(self.masters.values(), c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay,
                                            fused=self.device.type == "cuda")  # no temporaries as large as the model
-        if not c.eval:
-            if self.ranks.rank == 0:
-                self.folder = self.folder or checkpoint.RunFolder(c.output, overwrite=c.overwrite)
-            self.settle(resumed)
-        self.before = self.progress()
-        self.finished = self.before >= 1
-        self.bar = tqdm(total=1.0, initial=self.before, disable=c.eval or self.ranks.rank > 0 or None, leave=False,
-                        bar_format="{percentage:3.0f}% {bar} {elapsed} / {remaining} left")
-        self.handlers = {} if c.eval else {number: signal.signal(number, self.stop)
-                                           for number in (signal.SIGINT, signal.SIGTERM)}
 
     def load(self, path):
         """Problems of a JSONL file that fit the model's context and whose gold answer and trace agree."""
@@ -505,6 +520,7 @@ class Run:
         tensors, meta = checkpoint.load(resumed)
         checkpoint.restore_optimizer(self.optimizer, tensors, list(self.masters))
         self.step, self.evals, self.skipped_updates = meta["step"], meta["evals"], meta["skipped_updates"]
+        self.anchors = meta["anchors"]
         self.tokens, self.seconds = collections.Counter(meta["tokens"]), collections.Counter(meta["seconds"])
         for name in ("metrics.jsonl", "samples.jsonl"):
             if self.folder:
@@ -515,7 +531,20 @@ class Run:
     def together(self, groups):
         """The step's groups from all ranks, in the order of its problems; what they counted is summed."""
         self.totals = self.add_up()
+        ids = [group[0].problem.id for group in groups]
+        self.anchors.update(self.ranks.gather([(key, self.anchors.get(key, {})) for key in ids]))
         return self.ranks.gather(groups)
+
+    def remember(self, problem, what, tokens):
+        """So many tokens of a problem's trace were "shown" to the policy, or "used" as the anchor of a group. The most
+        of each is kept, beside AdaBack's "interval"."""
+        record = self.anchors.setdefault(problem.id, {})
+        record[what] = max(record.get(what, 0), tokens)
+
+    def share_of_traces(self, what):
+        """Share of the training set's expert tokens that were ever "shown", or "used"."""
+        return (sum(record.get(what, 0) for record in self.anchors.values()) /
+                sum(len(problem.expert_ids) for problem in self.problems))
 
     def add_up(self):
         """Sum what was counted since the last time over all ranks; tokens go into run.tokens."""
@@ -639,6 +668,8 @@ class Run:
             self.evals.append({"step": self.step, "eval/accuracy": self.accuracy(self.config.temperature),
                                "eval/greedy": self.accuracy(0.0), "tokens/sampled": self.tokens_sampled()})
             self.add_up()
+        if self.step == 0 and self.folder:  # later ones are part of their step's row
+            self.folder.append("metrics.jsonl", self.evals[-1])
 
     def accuracy(self, temperature):
         """Mean reward on the held-out problems: of one greedy answer each, or of --eval-samples sampled ones."""
@@ -655,7 +686,7 @@ class Run:
         if not (self.finished or self.config.save_every and self.step % self.config.save_every == 0):
             return
         meta = {"step": self.step, "evals": self.evals, "skipped_updates": self.skipped_updates,
-                "tokens": self.tokens, "seconds": self.seconds}
+                "anchors": self.anchors, "tokens": self.tokens, "seconds": self.seconds}
         tensors = self.ranks.collect(checkpoint.optimizer_tensors(self.optimizer, list(self.masters)))
         if self.folder:
             self.folder.save(self.step, self.model.save_pretrained, tensors, meta)
@@ -664,10 +695,12 @@ class Run:
         """One JSON object for scripts, a few rollouts to look at, one line for the reader."""
         if not self.folder:
             return
-        tried = 0 if self.config.method == "sft" else len(groups) * self.config.group_size
+        c = self.config
+        tried = len(groups) * c.group_size if c.method != "sft" and c.tries_unaided else 0
         reward = self.totals["unaided"] / tried if tried else None
         row = {"step": self.step, "reward": reward, **report.group_metrics(groups, self.totals), **self.metrics,
                "skipped_updates": self.skipped_updates, "tokens/sampled": self.tokens_sampled()}
+        row |= {f"anchor/{what}": self.share_of_traces(what) for what in ("shown", "used")}
         row |= {f"tokens/{kind}": self.tokens[kind] for kind in ("base", "probe", "resample", "eval", "prefilled")}
         row |= {f"seconds/{name}": round(seconds, 3) for name, seconds in self.seconds.items()}
         if self.evals and self.evals[-1]["step"] == self.step:

@@ -22,14 +22,22 @@ class Config:
     overwrite: bool = option(False, "replace the run that --output holds")
     system: str = option("", "system message in front of every question")
     method: str = option("bread", "what to train with", ("bread", "grpo", "sft"))
-    anchor: str = option("search", "how a failed problem's anchor is chosen", ("search", "random", "fixed"))
+    anchor: str = option("search", "how the anchor is chosen: BREAD's search, or another paper's rule",
+                         ("search", "random", "fixed", "anneal", "adaback"))
+    anchor_when: str = option("failed", "anchor the problems whose unaided rollouts all failed, or sample every group "
+                              "behind one, as the other rules' papers do", ("failed", "always"))
     anchor_fraction: float = option(0.5, "--anchor fixed: which cut, as a share of a trace's cuts")
+    anchor_from: float = option(0.0, "--anchor random: the first cut, as a share of a trace's cuts")
+    anchor_to: float = option(1.0, "--anchor random: the last cut, as a share of a trace's cuts")
     anchor_low: int = option(1, "fewest successes with which a probe is accepted")
     anchor_high: int = option(0, "most successes with which a probe is accepted (0: G - 1, any mixed group)")
     anchor_placement: str = option("prefill", "anchor as the start of the answer, or as a hint in the prompt",
                                    ("prefill", "hint"))
     on_fail: str = option("skip", "failed problem without accepted anchor: leave it, sample G more plain rollouts, "
-                          "or put the whole expert trace into its group", ("skip", "resample", "expert"))
+                          "put the whole expert trace into its group, or imitate the trace in an SFT step of its own",
+                          ("skip", "resample", "expert", "sft"))
+    expert_shaping: float = option(0.0, "--on-fail expert: weight p / (p + this) on the expert's tokens (LUFFY: 0.1) "
+                                   "instead of the clipped ratio (0)")
     max_episodes: int = option(10, "K: episodes that a trace is cut into, at most")
     steps: int = option(200, "training steps")
     token_budget: int = option(0, "stop once this many tokens were sampled, probes included (0: no limit)")
@@ -72,18 +80,31 @@ class Config:
                 raise ValueError(f"{flag} is {value}, it must be at least {least}")
             if field.name in ("temperature", "lr", "grad_clip") and not 0 < value < float("inf"):
                 raise ValueError(f"{flag} is {value}, it must be a number above 0")
-            if field.name in ("kl", "weight_decay", "clip_high", "importance_cap") and not 0 <= value < float("inf"):
+            if field.name in ("kl", "weight_decay", "clip_high", "importance_cap", "expert_shaping") \
+                    and not 0 <= value < float("inf"):
                 raise ValueError(f"{flag} is {value}, it must be a number that is not negative")
             if field.metadata["choices"] and value not in field.metadata["choices"]:
                 raise ValueError(f"{flag} is {value!r}, it must be one of {', '.join(field.metadata['choices'])}")
-            if field.name in ("clip_low", "anchor_fraction", "lr_decay") and not 0 <= value <= 1:
+            if field.name in ("clip_low", "anchor_fraction", "anchor_from", "anchor_to", "lr_decay") \
+                    and not 0 <= value <= 1:
                 raise ValueError(f"{flag} is {value}, it must lie from 0 to 1")
         high = self.anchor_high or self.group_size - 1
         if self.method != "sft" and not self.anchor_low <= high <= self.group_size:
             raise ValueError(f"--anchor-low {self.anchor_low} and --anchor-high {self.anchor_high} must be a range "
                              f"within --group-size {self.group_size}")
+        if self.anchor_from > self.anchor_to:
+            raise ValueError(f"--anchor-from {self.anchor_from} is beyond --anchor-to {self.anchor_to}")
+        if not self.tries_unaided and (self.anchor == "search" or self.on_fail != "skip"):
+            raise ValueError("--anchor-when always leaves no unaided group that could fail: it goes with --anchor "
+                             "random, fixed, anneal or adaback, and with --on-fail skip")
         if self.method == "sft" and self.kl:
             raise ValueError("--kl is a term of GRPO's loss; leave it out with --method sft")
+
+
+    @property
+    def tries_unaided(self):
+        """Whether every problem is first tried without an anchor, as BREAD and GRPO do."""
+        return self.method != "bread" or self.anchor_when == "failed"
 
 
 class Parser(argparse.ArgumentParser):

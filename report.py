@@ -68,8 +68,9 @@ def step_line(config, row, seconds_left):
     if c.method == "sft":
         parts.append(f"loss {row['loss']:.4f}")
     else:
-        parts.append(f"reward {row['reward']:.2f}")
-    if c.method == "bread":
+        parts.append(f"reward {row['reward']:.2f}" if c.tries_unaided else
+                     f"reward behind anchors {row['reward/train']:.2f}")
+    if c.method == "bread" and c.tries_unaided:
         found = f"{row['anchor/accepted']:>2} found one at {row['anchor/fraction']:.0%} of the trace" \
             if row["anchor/accepted"] else ""
         parts.append(f"{row['anchor/searched']:>2} of {c.problems_per_step} needed an anchor  {found:<32}")

@@ -62,6 +62,17 @@ class CountingKernel:
         return self.kernel[grid]
 
 
+def drive(search, table):
+    """Run a search against a table of success counts: (what it returns, the cuts it asked for)."""
+    asked, reply = [], None
+    while True:
+        try:
+            asked.append(search.send(reply))
+        except StopIteration as done:
+            return done.value, asked
+        reply = table[asked[-1]]
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Tiny models: several threads only wait for each other, for minutes on a busy machine."""

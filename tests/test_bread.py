@@ -27,8 +27,8 @@ import torch
 from safetensors.torch import load_file
 
 import bread
-from bread import (Config, Rollout, anchor_once, anchor_policy, anchor_search, group_advantages, grpo_loss,
-                   k3_divergence)
+from bread import Config, Rollout, anchor_policy, group_advantages, grpo_loss, k3_divergence, luffy_loss
+from conftest import drive
 from model import ModelConfig, Transformer
 from sampler import Completion
 from traces import Problem
@@ -144,115 +144,63 @@ def by_cut(table):
     return lambda problem, cut: table[[0, *problem.cuts].index(cut)]
 
 
-# ---------------------------------------------------------------- anchor search on tables
+# ---------------------------------------------------------------- which anchor policy, with which cuts
 
 
-def drive(search, table):
-    """Run a search against a table of success counts: (what it returns, the cuts it asked for)."""
-    asked, reply = [], None
-    while True:
-        try:
-            asked.append(search.send(reply))
-        except StopIteration as done:
-            return done.value, asked
-        reply = table[asked[-1]]
-
-
-def check_search(table, group_size, low=1, high=0):
-    """For every table: at most ceil(log2(n + 1)) probes, none twice, and the shortest probed cut in range."""
-    found, asked = drive(anchor_search(len(table), group_size, low, high), table)
-    in_range = [cut for cut in asked if low <= table[cut] <= (high or group_size - 1)]
-    assert len(asked) <= math.ceil(math.log2(len(table) + 1))
-    assert len(set(asked)) == len(asked) and all(0 <= cut < len(table) for cut in asked)
-    assert found == min(in_range, default=None)
-    return found
-
-
-@pytest.mark.parametrize("num_cuts", range(16))
-@pytest.mark.parametrize("low, high", [(1, 0), (1, 1), (2, 6), (4, 4), (7, 8), (8, 8), (1, 8)])
-def test_search_finds_the_shortest_cut_in_range_of_every_monotone_table(num_cuts, low, high):
-    """G = 8. A table matters only through which cuts are below, in and above the range, so every split is tried;
-    within the range the counts rise too."""
-    top = high or 7
-    for below, inside in itertools.product(range(num_cuts + 1), repeat=2):
-        above = num_cuts - below - inside
-        if above < 0 or (above and top == 8):
-            continue
-        rising = [low + (top - low) * i // max(inside - 1, 1) for i in range(inside)]
-        table = [low - 1] * below + rising + [8] * above
-        assert check_search(table, 8, low, high) == (below if inside else None)
-
-
-def test_search_is_right_on_every_monotone_table_of_counts():
-    """All 462 non-decreasing tables of 6 cuts for G = 5, none left out, for every range."""
-    for low, high in itertools.combinations_with_replacement(range(1, 6), 2):
-        for table in itertools.combinations_with_replacement(range(6), 6):
-            expected = next((cut for cut, count in enumerate(table) if low <= count <= high), None)
-            assert check_search(table, 5, low, high) == expected
-
-
-def test_search_ends_on_every_table_monotone_or_not():
-    """All tables of up to 7 cuts with counts below, in and above the range, among them: never in range, all
-    succeed, a jump over the range. The answer is None or the shortest cut that was seen in range."""
-    for num_cuts in range(8):
-        for table in itertools.product((0, 3, 8), repeat=num_cuts):
-            check_search(table, 8)
-    assert check_search([0, 0, 0, 8, 8, 8, 8], 8) is None, "jumps over the range"
-    assert check_search([8] * 9, 8) is None and check_search([0] * 9, 8) is None
-
-
-def test_an_anchor_policy_without_search_probes_once():
-    """It returns its pick when the count is in range, else None; without cuts it asks nothing."""
-    for count in range(9):
-        assert drive(anchor_once(5, 8, pick=3), [0, 0, 0, count, 0]) == (3 if 1 <= count <= 7 else None, [3])
-        found, _ = drive(anchor_once(5, 8, pick=3, low=2, high=4), [0, 0, 0, count, 0])
-        assert found == (3 if 2 <= count <= 4 else None)
-    assert drive(anchor_once(0, 8, pick=0), []) == (None, [])
-
-
-def policy(problem, step=0, **fields):
+def policy(problem, step=0, anchors=None, progress=0.0, **fields):
+    """The cuts and the policy that a run with these options would use for a problem."""
     config = Config(**{"anchor": "search", "group_size": 8, "max_new_tokens": 100, **fields})
-    return anchor_policy(SimpleNamespace(config=config, step=step), problem)
+    run = SimpleNamespace(config=config, step=step, anchors={} if anchors is None else anchors,
+                          progress=lambda: progress)
+    return anchor_policy(run, problem)
 
 
 def make_problem(cuts, length=60, id="p", prompt_ids=(1, 2, 3)):
     return Problem(id, list(prompt_ids), list(range(100, 100 + length)), list(cuts), "1", "q", "t")
 
 
-def test_random_anchors_cover_all_cuts_and_depend_on_seed_step_and_problem():
-    """300 picks of 9 cuts: each is expected 33 times, a cut with fewer than 10 is 4 standard deviations away."""
+def test_random_anchors_depend_on_seed_step_and_problem():
+    """300 steps: the same picks again, others with another seed or problem."""
+    def picks(problem, **fields):
+        return [drive(policy(problem, step, anchor="random", **fields)[1], [3] * 9)[0] for step in range(300)]
     problem = make_problem(range(5, 50, 5))
-    picks = [drive(policy(problem, step, anchor="random"), [3] * 9)[0] for step in range(300)]
-    assert min(picks.count(cut) for cut in range(9)) >= 10
-    assert picks == [drive(policy(problem, step, anchor="random"), [3] * 9)[0] for step in range(300)]
-    assert picks != [drive(policy(problem, step, anchor="random", seed=1), [3] * 9)[0] for step in range(300)]
-    other = dataclasses.replace(problem, id="other")
-    assert picks != [drive(policy(other, step, anchor="random"), [3] * 9)[0] for step in range(300)]
+    first = picks(problem)
+    assert first == picks(problem) and set(first) == set(range(9))
+    assert first != picks(problem, seed=1) and first != picks(dataclasses.replace(problem, id="other"))
 
 
-@pytest.mark.parametrize("fraction, pick", [(0.0, 0), (0.5, 4), (0.99, 8), (1.0, 8)])
-def test_a_fixed_anchor_is_a_share_of_the_cuts(fraction, pick):
-    """Of 9 cuts; 1.0 is the last of them."""
-    search = policy(make_problem(range(5, 50, 5)), anchor="fixed", anchor_fraction=fraction)
-    assert drive(search, [3] * 9)[0] == pick
+OTHERS = ["random", "fixed", "anneal", "adaback"]
 
 
-@pytest.mark.parametrize("anchor", ["search", "random", "fixed"])
+@pytest.mark.parametrize("anchor", ["search", *OTHERS])
 def test_an_anchor_leaves_room_for_at_least_one_token(anchor):
     """An anchor counts toward --max-new-tokens, so of the cuts 10 .. 50 only those below 30 are offered."""
-    problem, asked = make_problem(range(10, 60, 10)), set()
+    problem, asked, memory = make_problem(range(10, 60, 10)), set(), {}
     for step in range(40):
-        search = policy(problem, step, anchor=anchor, anchor_fraction=1.0, max_new_tokens=30)
+        cuts, search = policy(problem, step, memory, anchor=anchor, anchor_fraction=1.0, max_new_tokens=30)
+        assert cuts == [10, 20]
         asked |= set(drive(search, [0] * 5)[1])
     assert asked and max(asked) == 1
-    assert drive(policy(problem, anchor=anchor, max_new_tokens=10), [])[1] == []
+    cuts, search = policy(problem, anchor=anchor, max_new_tokens=10)
+    assert cuts == [] and drive(search, [])[1] == []
 
 
-@pytest.mark.parametrize("anchor", ["search", "random", "fixed"])
+@pytest.mark.parametrize("anchor", ["search", *OTHERS])
 def test_grpo_and_problems_without_cuts_ask_for_no_anchor(anchor):
     """E9: a run with --method grpo differs from BREAD by that flag alone."""
-    assert drive(policy(make_problem([5, 10]), anchor=anchor, method="grpo"), []) == (None, [])
-    assert drive(policy(make_problem([]), anchor=anchor), []) == (None, [])
+    assert drive(policy(make_problem([5, 10]), anchor=anchor, method="grpo")[1], []) == (None, [])
+    assert drive(policy(make_problem([]), anchor=anchor)[1], []) == (None, [])
+
+
+@pytest.mark.parametrize("anchor", OTHERS)
+def test_an_anchor_for_every_group_may_be_none_and_is_always_accepted(anchor):
+    """--anchor-when always: the bare question is the first cut, and whatever its rollouts do they are the group."""
+    problem = make_problem([5, 10])
+    for step, count in itertools.product(range(20), (0, 3, 8)):
+        cuts, search = policy(problem, step, anchor=anchor, anchor_when="always", progress=0.5)
+        assert cuts == [0, 5, 10]
+        accepted, asked = drive(search, [count] * 3)
+        assert asked == [accepted]
 
 
 # ---------------------------------------------------------------- advantages
@@ -428,6 +376,57 @@ def test_k3_is_never_negative_and_moves_the_policy_only():
     torch.testing.assert_close(new_BT.grad, expected_BT, rtol=1e-10, atol=1e-12)
 
 
+def test_luffys_weight_is_p_over_p_plus_shaping_and_is_never_clipped():
+    """Value and gradient against float64 written out, for likely and unlikely tokens; padding has no part in it."""
+    new_BT, _, advantages_B, mask_BT = random_inputs(spread=3.0)
+    new_BT = (new_BT.detach().double() - 2).requires_grad_()
+    loss = luffy_loss(new_BT, advantages_B.double(), mask_BT.double(), 0.1, 7.0)
+    p_BT, A_B1 = new_BT.detach().exp(), advantages_B.double().unsqueeze(1)
+    assert p_BT.min() < 0.01 and p_BT.max() > 0.5
+    assert loss.item() == pytest.approx(-(p_BT / (p_BT + 0.1) * A_B1 * mask_BT).sum().item() / 7, rel=1e-12)
+    loss.backward()
+    expected_BT = -p_BT * 0.1 / (p_BT + 0.1)**2 * A_B1 * mask_BT / 7
+    torch.testing.assert_close(new_BT.grad, expected_BT, rtol=1e-10, atol=1e-14)
+
+
+def test_expert_shaping_touches_the_experts_rollout_only(new_run, monkeypatch):
+    """A group with an expert's trace: its row follows luffy_loss, the sampled rows GRPO's clipped objective; without
+    the option all rows do, the expert's from a ratio of 1."""
+    run = new_run()
+    groups = sampled_groups(run, num=1)
+    groups[0][-1] = bread.expert_rollout(run, run.problems[0], advantage=1.5)
+    for shaping in (0.0, 0.1):
+        run.config = dataclasses.replace(run.config, expert_shaping=shaping)
+        seen = []
+        real = bread.batch_loss
+        with monkeypatch.context() as patch:
+            patch.setattr(bread, "batch_loss", lambda config, batch, logprobs_BT, supervised: seen.append(
+                (batch, logprobs_BT.detach(), real(config, batch, logprobs_BT, supervised))) or seen[-1][2])
+            bread.update(run, groups)
+        (batch, logprobs_BT, loss), = seen
+        expert_B = batch.expert_B1.squeeze(1)
+        assert expert_B.sum() == 1 and batch.advantages_B[expert_B > 0] == 1.5
+        sampled_BT, trace_BT = (batch.loss_mask_BT * keep for keep in (1 - batch.expert_B1, batch.expert_B1))
+        clipped = grpo_loss(logprobs_BT, batch.old_logprobs_BT, batch.advantages_B,
+                            sampled_BT if shaping else batch.loss_mask_BT, 0.2, 0.2, batch.denominator)
+        shaped = luffy_loss(logprobs_BT, batch.advantages_B, trace_BT, 0.1, batch.denominator) if shaping else 0
+        assert loss.item() == pytest.approx(float(clipped + shaped), rel=1e-5)
+
+
+def test_an_sft_step_after_the_update_is_sft(new_run):
+    """`update(supervised=True)` moves the weights exactly as --method sft does on the same traces, once, however many
+    updates a batch of rollouts gets; the update's own metrics stay."""
+    weights = []
+    for method, fields in (("grpo", dict(updates_per_batch=3, on_fail="sft")), ("sft", {})):
+        run = new_run(method=method, lr=1e-2, **fields)
+        run.metrics = {"loss": 7.0}
+        traces = [[bread.expert_rollout(run, problem, advantage=1.0)] for problem in run.problems[:3]]
+        bread.update(run, traces, *([True] if method == "grpo" else []))
+        weights.append([weight.detach().clone() for weight in run.weights])
+        assert method == "sft" or run.metrics["loss"] == 7.0 and run.metrics["sft/loss"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(*weights))
+
+
 def test_no_active_token_gives_loss_zero_and_a_usable_backward():
     """Not 0/0, neither by the token mean nor by the sequence mean of rows that hold nothing."""
     new_BT, old_BT, advantages_B, mask_BT = random_inputs()
@@ -498,7 +497,7 @@ def test_a_row_without_tokens_has_no_zero_denominator():
     """A sequence mean over nothing is 0, not 0/0, which would make the whole update NaN."""
     rows = [hand_rollout([11] * 3, [], []), hand_rollout([11] * 8, [], [31] * 2)]
     batch = make_batch(stand_in(loss_mean="sequence"), rows, num_tokens=2, num_rollouts=2)
-    assert bread.batch_loss(Config(), batch, torch.zeros_like(batch.old_logprobs_BT)).isfinite()
+    assert bread.batch_loss(Config(), batch, torch.zeros_like(batch.old_logprobs_BT), supervised=False).isfinite()
 
 
 def test_a_context_runs_once_and_every_rollout_is_in_one_micro_batch():
@@ -687,8 +686,8 @@ def recorded_update(run, groups, monkeypatch):
     """The batches at every call of batch_loss in an update: (old log-probs, loss mask, log-probs, loss) each."""
     seen, real = [], bread.batch_loss
 
-    def batch_loss(config, batch, logprobs_BT):
-        loss = real(config, batch, logprobs_BT)
+    def batch_loss(config, batch, logprobs_BT, supervised):
+        loss = real(config, batch, logprobs_BT, supervised)
         seen.append((batch.old_logprobs_BT.clone(), batch.loss_mask_BT.clone(), logprobs_BT.detach(), loss.item()))
         return loss
     with monkeypatch.context() as patch:
@@ -788,8 +787,9 @@ def test_old_logprobs_stay_fixed_over_the_updates_of_a_batch(new_run, monkeypatc
     groups = sampled_groups(run, num=1)
     groups[0] = groups[0][:-1] + [bread.expert_rollout(run, run.problems[0], advantage=1.0)]
     real = bread.batch_loss
-    monkeypatch.setattr(bread, "batch_loss", lambda config, batch, logprobs_BT: (
-        seen.append((batch.old_logprobs_BT.clone(), logprobs_BT.detach())) or real(config, batch, logprobs_BT)))
+    monkeypatch.setattr(bread, "batch_loss", lambda config, batch, logprobs_BT, supervised: (
+        seen.append((batch.old_logprobs_BT.clone(), logprobs_BT.detach()))
+        or real(config, batch, logprobs_BT, supervised)))
     bread.update(run, groups)
     (old_1, new_1), (old_2, new_2), (old_3, new_3) = seen
     assert torch.equal(old_1, old_2) and torch.equal(old_2, old_3) and old_1.isfinite().all()
@@ -846,7 +846,7 @@ def test_a_loss_or_gradient_that_is_not_finite_changes_nothing_and_is_counted(ne
     bread.update(run, groups)
     before = [x.clone() for x in bread.checkpoint.optimizer_tensors(run.optimizer, list(run.masters)).values()]
     with monkeypatch.context() as patch:
-        patch.setattr(bread, "batch_loss", lambda config, batch, logprobs_BT: junk(logprobs_BT).sum())
+        patch.setattr(bread, "batch_loss", lambda config, batch, logprobs_BT, supervised: junk(logprobs_BT).sum())
         bread.update(run, groups)
     after = bread.checkpoint.optimizer_tensors(run.optimizer, list(run.masters)).values()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) and run.skipped_updates == 1
@@ -1005,6 +1005,32 @@ def test_an_accepted_probe_takes_the_place_of_the_failed_group(new_run, monkeypa
     assert (row["anchor/searched"], row["anchor/accepted"], row["anchor/probes"]) == (2, 1, len(oracle.asked) - 3)
     assert row["anchor/fraction"] == pytest.approx(hard.cuts[3] / len(hard.expert_ids))
     assert row["reward"] == pytest.approx(1 / 12) and row["frac_reward_zero_std"] == pytest.approx(1 / 3)
+    total = sum(len(problem.expert_ids) for problem in run.problems)
+    shown = [max(cut for key, cut in oracle.asked if key == problem.id) for problem in (hard, hopeless)]
+    assert shown[1] == hopeless.cuts[-1] and row["anchor/shown"] == pytest.approx(sum(shown) / total)
+    assert row["anchor/used"] == pytest.approx(hard.cuts[3] / total)
+
+
+def test_anchors_for_every_group_sample_nothing_else(new_run, monkeypatch):
+    """--anchor-when always: one group per problem, behind the policy's cut, whatever comes of it; all tokens count as
+    probes. AdaBack's interval moves with the outcome and is part of what a checkpoint holds."""
+    run = new_run(steps=1, problems_per_step=3, anchor="adaback", anchor_when="always", max_new_tokens=90)
+    oracle, groups = Oracle(monkeypatch, run, lambda problem, cut: 2 if problem is run.problems[0] else 0), []
+    run.next_problems = lambda: run.problems[:3]
+    real = bread.update
+    monkeypatch.setattr(bread, "update", lambda run, found: groups.extend(found) or real(run, found))
+    bread.train(run)
+    assert [(group[0].problem.id, group[0].cut) for group in groups] == oracle.asked and len(oracle.asked) == 3
+    assert run.tokens["base"] == 0 < run.tokens["probe"]
+    row, = read_lines(run.folder.path / "metrics.jsonl")
+    assert row["reward"] is None and row["anchor/probes"] == 3
+    _, meta = bread.checkpoint.load(run.folder.path / "checkpoint-1")
+    for (key, cut), problem in zip(oracle.asked, run.problems):
+        cuts = [0, *problem.cuts]
+        pick, right = cuts.index(cut), problem is run.problems[0]
+        record = {"interval": [0, max(pick - 1, 0)] if right else [min(pick + 1, len(cuts) - 1), len(cuts) - 1],
+                  "shown": cut, "used": cut}
+        assert meta["anchors"][key] == run.anchors[key] == record
 
 
 def record_forks(monkeypatch, run):
@@ -1084,23 +1110,29 @@ def test_a_completion_cut_off_while_thinking_has_no_reward():
 
 @pytest.mark.parametrize("method", ["bread", "grpo"])
 @pytest.mark.parametrize("on_fail, advantages", [
-    ("skip", [0.0] * 4), ("resample", [3**0.5] * 2 + [-(3**-0.5)] * 6), ("expert", [-(3**-0.5)] * 3 + [3**0.5])])
+    ("skip", [0.0] * 4), ("resample", [3**0.5] * 2 + [-(3**-0.5)] * 6), ("expert", [-(3**-0.5)] * 3 + [3**0.5]),
+    ("sft", [0.0] * 4)])
 def test_what_becomes_of_a_failed_group_without_anchor(new_run, monkeypatch, method, on_fail, advantages):
     """skip: as it is, without gradient. resample: G more plain rollouts join (2 of them right here: 2 of 8).
-    expert: the whole trace and a stop token take the place of one failure."""
+    expert: the whole trace and a stop token take the place of one failure. sft: as it is, and an SFT step on the trace
+    follows the update."""
     run, calls = new_run(on_fail=on_fail, method=method, max_new_tokens=90), itertools.count()
     oracle = Oracle(monkeypatch, run, lambda p, cut: 2 * (cut == 0 and next(calls) > 0))
     groups, problem = [], run.problems[0]
     run.next_problems = lambda: [problem]
-    monkeypatch.setattr(bread, "update", lambda run, found: groups.extend(found))
+    supervised = []
+    monkeypatch.setattr(bread, "update", lambda run, found, supervised=False: updates[supervised].extend(found))
+    updates = {False: groups, True: supervised}
     run.config = dataclasses.replace(run.config, steps=1, problems_per_step=1)
     run.report = run.save = lambda *args: None
     bread.train(run)
+    trace = problem.expert_ids + [run.tokenizer.eos_id]
+    assert [r.completion_ids for group in supervised for r in group] == ([trace] if on_fail == "sft" else [])
     assert sorted(r.advantage for r in groups[0]) == pytest.approx(sorted(advantages))
     assert oracle.asked[0] == (problem.id, 0) and all(r.cut == 0 and not r.anchor_ids for r in groups[0])
     if on_fail == "expert":
         last = groups[0][-1]
-        assert last.completion_ids == problem.expert_ids + [run.tokenizer.eos_id] and last.logprobs is None
+        assert last.completion_ids == trace and last.logprobs is None
     extra = groups[0][G:] if on_fail == "resample" else []
     assert run.tokens["resample"] == sum(len(r.completion_ids) for r in extra)
 
@@ -1177,12 +1209,13 @@ def test_a_run_leaves_its_files_behind(example, tmp_path, capsys, paid_by_chance
     written = json.loads((tmp_path / "run" / "run.json").read_text())
     assert written["method"] == method and written["lr"] == 1e-3 and written["group_size"] == G
     rows = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2] and all(METRICS <= set(row) for row in rows)
-    assert {"eval/accuracy", "eval/greedy"} <= set(rows[1]) and "eval/accuracy" not in rows[0]
-    assert rows[1]["tokens/sampled"] == sum(rows[1][f"tokens/{kind}"] for kind in ("base", "probe", "resample"))
-    assert (rows[1]["tokens/probe"] > 0) == (method == "bread")
-    assert (rows[1]["tokens/base"] > 0) == (method != "sft")
-    assert rows[0]["grad_norm"] > 0 and (method == "sft" or rows[0]["sampler/logprob_gap"] < 1e-5)
+    assert [row["step"] for row in rows] == [0, 1, 2] and all(METRICS <= set(row) for row in rows[1:])
+    assert set(rows[0]) == {"step", "eval/accuracy", "eval/greedy", "tokens/sampled"}
+    assert {"eval/accuracy", "eval/greedy"} <= set(rows[2]) and "eval/accuracy" not in rows[1]
+    assert rows[2]["tokens/sampled"] == sum(rows[2][f"tokens/{kind}"] for kind in ("base", "probe", "resample"))
+    assert (rows[2]["tokens/probe"] > 0) == (method == "bread")
+    assert (rows[2]["tokens/base"] > 0) == (method != "sft")
+    assert rows[1]["grad_norm"] > 0 and (method == "sft" or rows[1]["sampler/logprob_gap"] < 1e-5)
     samples = read_lines(tmp_path / "run" / "samples.jsonl")
     assert {"step", "id", "question", "anchor", "completion", "answer", "reward", "advantage"} <= set(samples[0])
     model = Transformer.from_pretrained(tmp_path / "run" / "checkpoint-2")
@@ -1249,7 +1282,8 @@ def whole(example, tmp_path, unbroken):
 def break_update(patch, at_call, action):
     """Let `action` happen when bread.update is called for the at_call-th time, before it does its work."""
     real, calls = bread.update, itertools.count(1)
-    patch.setattr(bread, "update", lambda run, groups: (next(calls) == at_call and action()) or real(run, groups))
+    patch.setattr(bread, "update",
+                  lambda run, groups: (next(calls) == at_call and action()) or real(run, groups))
 
 
 @pytest.mark.parametrize("rows", [1, 7])
@@ -1288,7 +1322,7 @@ def test_a_resumed_run_equals_an_unbroken_one(example, tmp_path, monkeypatch, pa
             break_update(patch, 4, lambda: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 call([*command, "--steps", "4"])
-            assert [row["step"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+            assert [row["step"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
     release()
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
     assert call([*command, "--steps", "4", "--resume"]) == 0
@@ -1388,6 +1422,9 @@ def test_resume_refuses_another_run(example, tmp_path, capsys, changed):
     (["--problems-per-step", "13"], "--problems-per-step"),    # of 12 problems
     (["--max-new-tokens", "500"], "--max-new-tokens"),
     (["--method", "ppo"], "--method"),
+    (["--anchor-when", "always"], "--anchor-when"),            # the search needs problems that failed
+    (["--anchor", "random", "--anchor-from", "0.8", "--anchor-to", "0.4"], "--anchor-from"),
+    (["--expert-shaping", "-1"], "--expert-shaping"),
     (["--lr", "nan"], "--lr"),
     (["--kl", "-1"], "--kl"),
     (["--clip-high", "nan"], "--clip-high"),
@@ -1453,7 +1490,7 @@ def test_eval_measures_a_model_and_writes_nothing(example, tmp_path, capsys):
 def test_a_token_budget_ends_the_run(example, tmp_path):
     """The step that uses it up is the last one, and it saves."""
     assert call(flags(example, tmp_path / "run", "--method", "grpo", "--steps", "9", "--token-budget", "1")) == 0
-    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 1
+    assert [row["step"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
     assert (tmp_path / "run" / "checkpoint-1").is_dir()
 
 
