@@ -11,6 +11,12 @@ ABOUT = {
     "sft": "The model imitates the expert's traces token by token.\n"
            "Held-out accuracy tells whether it can express them.",
 }
+OTHER_ANCHORS = {
+    "failed": "Every problem is tried without help first. Where all tries fail, --anchor {} chooses a piece of the\n"
+              "expert's trace, once. BREAD itself searches for the shortest that helps.",
+    "always": "Every problem is tried behind a piece of the expert's trace, chosen by --anchor {}, if any.\n"
+              "The model's own success shows in the held-out accuracy only.",
+}
 NOT_OPTIONS = ("model", "data", "eval_data", "output", "method")
 
 
@@ -54,11 +60,14 @@ def opening(config, model, num_problems, num_held_out, changed):
     step = f"{c.problems_per_step} problems x {c.group_size} rollouts of at most {c.max_new_tokens} tokens"
     if c.method == "sft":
         step = f"{c.problems_per_step} expert traces"
+    about = ABOUT[c.method]
+    if c.method == "bread" and c.anchor != "search":
+        about = OTHER_ANCHORS[c.anchor_when].format(c.anchor)
     updates = f"{c.updates_per_batch} update{'s' * (c.updates_per_batch > 1)}"
     return "\n".join([
         f"method   {c.method}", f"model    {c.model}: {model}", f"data     {c.data}: {num_problems} problems{held_out}",
         f"output   {c.output}", f"options  {options or 'all defaults'}",
-        f"a step   {step}; {updates} in micro-batches of {c.micro_batch_size}", "", ABOUT[c.method], ""])
+        f"a step   {step}; {updates} in micro-batches of {c.micro_batch_size}", "", about, ""])
 
 
 def step_line(config, row, seconds_left):

@@ -1,5 +1,6 @@
 """Claims about the layout: a star of files that stand alone, short functions, short lines, a pinned torch."""
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -108,3 +109,16 @@ def test_every_file_says_what_it_is(path):
 def test_torch_is_pinned():
     """One tested version; an open range may replace a CPU build by gigabytes of CUDA packages."""
     assert "torch==2.13.0" in (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in
+                                  [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]])
+def test_links_of_the_documentation_lead_somewhere(path):
+    """Files exist, and `[bread.train](../bread.py#L82)` names the line where `train` is defined."""
+    for text, file, number in re.findall(r"\[([^\]]+)\]\(([^):#]+)(?:#L(\d+))?\)", path.read_text(encoding="utf-8")):
+        target = (path.parent / file).resolve()
+        assert target.exists(), f"{path.name} links to {file}"
+        if number:
+            name, lines = text.rsplit(".", 1)[1], target.read_text(encoding="utf-8").split("\n")
+            found = [i for i, line in enumerate(lines, 1) if re.match(rf"\s*(def|class) {name}\b", line)]
+            assert int(number) in found, f"{path.name}: {text} is defined in {file} at line {found}"

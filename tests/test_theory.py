@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bread import anchor_search
+from anchors import anchor_search
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "theory.py"
 
@@ -133,7 +133,7 @@ def test_group_success_equals_the_sum_over_all_outcomes_of_a_group(theory):
 
 @pytest.mark.parametrize("chance, group", [(0.5, 8), (0.3, 2), (0.8, 1)])
 def test_expected_rollouts_equal_brute_force(theory, chance, group):
-    """Every outcome of every probe, searched by bread.anchor_search itself; also where j does not divide L."""
+    """Every outcome of every probe, searched by anchors.anchor_search itself; also where j does not divide L."""
     theory.P, theory.G = chance, group
     for length, jump in ((1, 1), (4, 2), (6, 1), (7, 3), (8, 2), (10, 2), (6, 6)):
         exact = theory.expected_rollouts(length, jump)
