@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 0.8                             # held-out sampled accuracy whose price in tokens is compared
 TASKS = {"chain": 12, "walk": 12}        # and the length L of the problems in examples/TASK
-LENGTHS = (16, 8, 6, 4, 2)               # of chain, beside 12. Long runs first: the last ones fill both processes
+LENGTHS = (16, 10, 8, 6, 4, 2)           # of chain, beside 12. Long runs first: the last ones fill both processes
 ENDLESS = "--steps 100000"               # more than any budget lasts
 SFT_STEPS = 300                          # 19 passes over the 512 traces, 32 a step
 
@@ -93,10 +93,10 @@ class Run:
 
 
 def by_length(length):
-    """BREAD and GRPO at another L. Up to L = 8 GRPO may spend three times what BREAD spent: it is to be seen whether it
+    """BREAD and GRPO at another L. Up to L = 10 GRPO may spend three times what BREAD spent: it is to be seen whether it
     ever arrives. Short problems are learned within a few steps, so each of them is evaluated; long ones cost more."""
     bread_every, grpo_every = (1, 1) if length <= 6 else (2, 3) if length <= 8 else (2, 6)
-    budget = 3 if length <= 8 else 1
+    budget = 3 if length <= 10 else 1
     return ("bread", 0, bread_every, "--method bread"), ("grpo", budget, grpo_every, "--method grpo")
 
 
