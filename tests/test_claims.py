@@ -133,12 +133,12 @@ def test_the_lengths_are_those_of_the_committed_problems(claims):
 
 
 def test_a_budget_is_what_bread_of_the_seed_spent(claims, fake, tmp_path):
-    """Once for the headline, three times for the lengths, whose data are made first and once."""
-    todo = claims.to_do(claims.matrix(), tmp_path, "^chain(12|4)-grpo-0")
+    """Once for the headline, three times for L = 10, whose data are made first and once."""
+    todo = claims.to_do(claims.matrix(), tmp_path, "^chain(12|10)-grpo-0")
     assert claims.run_all(todo, tmp_path, jobs=1) == 0
-    assert fake.started == ["chain12-bread-0", "chain12-grpo-0", "chain-4.tmp", "chain4-bread-0", "chain4-grpo-0"]
-    budgets = [fake.flags[f"chain{length}-grpo-0"][-1] for length in (12, 4)]
-    assert budgets == ["1000", "3000"] and (tmp_path / "data" / "chain-4").is_dir()
+    assert fake.started == ["chain12-bread-0", "chain12-grpo-0", "chain-10.tmp", "chain10-bread-0", "chain10-grpo-0"]
+    budgets = [fake.flags[f"chain{length}-grpo-0"][-1] for length in (12, 10)]
+    assert budgets == ["1000", "3000"] and (tmp_path / "data" / "chain-10").is_dir()
 
 
 def test_a_result_holds_the_run_and_no_path_of_this_machine(claims, fake, tmp_path):
