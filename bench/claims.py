@@ -94,9 +94,12 @@ class Run:
 
 def by_length(length):
     """BREAD and GRPO at another L. Short problems are learned within a few steps, so each of them is evaluated. At
-    L = 10 GRPO arrives late if at all, and may spend three times what BREAD spent."""
+    L = 10 GRPO arrives late if at all, and may spend three times what BREAD spent. Where the base is right sometimes,
+    SFT has something to spoil."""
     bread_every, grpo_every = (1, 1) if length <= 6 else (2, 3) if length <= 8 else (2, 6)
-    return ("bread", 0, bread_every, "--method bread"), ("grpo", 3 if length == 10 else 1, grpo_every, "--method grpo")
+    rows = [("bread", 0, bread_every, "--method bread"),
+            ("grpo", 3 if length == 10 else 1, grpo_every, "--method grpo")]
+    return rows + [row[:4] for row in HEADLINE if row[0] == "sft" and length <= 4]
 
 
 def matrix(quick=False):
@@ -302,6 +305,11 @@ def final(result, key="eval/accuracy"):
     return result["evaluations"][-1][key]
 
 
+def first(result, key="eval/accuracy"):
+    """Of the base model, before the first step."""
+    return result["evaluations"][0][key]
+
+
 def tokens_to(result, target=TARGET):
     """Sampled tokens at which the held-out sampled accuracy first reaches `target`, linear between evaluations;
     infinity if it never does.
@@ -375,11 +383,10 @@ def method_table(results, task, methods):
     """Markdown: a row per method with median and range over seeds; the base model of the same runs first."""
     heads = ["method", "seeds", *(head for head, *_ in COLUMNS)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    first = [r["evaluations"][0] for r in select(results, task, TASKS[task], "bread")]
-    first = [row for row in first if row["step"] == 0]
-    if first:
-        cells = [spread([row[key] for row in first], percent) for key in ("eval/accuracy", "eval/greedy")]
-        lines.append(f"| base model | {len(first)} | " + " | ".join(cells + ["-"] * (len(COLUMNS) - 2)) + " |")
+    bases = select(results, task, TASKS[task], "bread")
+    if bases:
+        cells = [spread([first(r, key) for r in bases], percent) for key in ("eval/accuracy", "eval/greedy")]
+        lines.append(f"| base model | {len(bases)} | " + " | ".join(cells + ["-"] * (len(COLUMNS) - 2)) + " |")
     for method in methods:
         runs = select(results, task, TASKS[task], method)
         if runs:
@@ -395,10 +402,13 @@ def table_label(method):
 def length_table(results):
     """Markdown: tokens to 80% of BREAD and GRPO by L, their ratio, and BREAD's exponent."""
     bread, grpo = (medians_by_length(results, method) for method in ("bread", "grpo"))
-    lines = [f"| L | BREAD, tokens to {TARGET:.0%} | GRPO | GRPO's budget | GRPO / BREAD |\n|---|---|---|---|---|"]
+    lines = [f"| L | base, sampled | after SFT | BREAD, tokens to {TARGET:.0%} | GRPO | GRPO's budget | GRPO / BREAD |",
+             "|---" * 7 + "|"]
     for length in bread:
         ours, theirs = (select(results, "chain", length, method) for method in ("bread", "grpo"))
-        cells = [spread(map(tokens_to, ours), count), spread(map(tokens_to, theirs), count),
+        after = select(results, "chain", length, "sft")
+        cells = [spread(map(first, ours), percent), spread(map(final, after), percent),
+                 spread(map(tokens_to, ours), count), spread(map(tokens_to, theirs), count),
                  spread([r["tokens/sampled"] for r in theirs], count), ratio_text(results, bread, grpo, length)]
         lines.append(f"| {length} | " + " | ".join(cells) + " |")
     slope = exponent(bread)
@@ -426,7 +436,8 @@ def ratio_text(results, bread, grpo, length):
 def verdicts(results):
     """[(claim, True, False or None where runs are missing, its numbers)], in the order of the issue's "To reach"."""
     found = [unsolvable(results, task) for task in TASKS]
-    found += [cheaper(results), *(few_traces(results, task) for task in TASKS), growth(results), search_first(results)]
+    found += [cheaper(results), spoiled(results), *(few_traces(results, task) for task in TASKS), growth(results),
+              search_first(results)]
     return found + [duration(results, matrix(), 3 * 3600, "The whole matrix takes under 3 hours"),
                     duration(results, matrix(quick=True), 600, "--quick takes under 10 minutes")]
 
@@ -452,6 +463,16 @@ def cheaper(results):
     if not both:
         return claim, False, f"there is no such L. {numbers}"
     return claim, grpo[max(both)] / bread[max(both)] >= 3, f"GRPO arrives up to L = {max(both)}. {numbers}"
+
+
+def spoiled(results, length=2):
+    """At L = 2 the base is right in the 40% of its answers that do not jump. The paper saw the like on Qwen2.5."""
+    ours, after = (select(results, "chain", length, method) for method in ("bread", "sft"))
+    claim = f"SFT on the expert's traces lowers the accuracy of a base that is right sometimes (chain, L = {length})"
+    numbers = f"base {spread(map(first, ours), percent)}, after SFT {spread(map(final, after), percent)}"
+    if not (ours and after):
+        return claim, None, numbers
+    return claim, max(map(final, after)) < min(map(first, ours)), numbers
 
 
 def few_traces(results, task):

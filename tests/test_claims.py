@@ -80,6 +80,8 @@ def made_up(claims):
         elif run.method == "grpo" and run.length <= 8:
             accuracy, tokens = 0.95, 5_000 * run.length ** 2
         results.append(result(run.task, run.length, run.method, run.seed, accuracy, tokens))
+        if run.length == 2:  # short enough for the base to be right sometimes
+            results[-1]["evaluations"][0]["eval/accuracy"] = 0.3
     return results
 
 
@@ -271,10 +273,11 @@ def test_every_claim_holds_where_the_numbers_say_so_and_turns_where_they_do_not(
         return [r | new | rows if key in f"{r['task']}{r['length']}-{r['method']}-" else r for r in results]
 
     results = made_up(claims)
-    assert holds(results) == [True] * 9
+    assert holds(results) == [True] * 10
     bad = {1: changed("walk12-resample-", 0.06), 2: changed("chain8-grpo-", 0.95, 230_000),
-           3: changed("chain12-bread-", **{"anchor/shown": 0.5}), 5: changed("chain16-bread-", 0.7),
-           6: changed("chain12-fixed-", 0.9, 9_000), 7: changed("chain16-", seconds=9000.0)}
+           3: changed("chain2-sft-", 0.4), 4: changed("chain12-bread-", **{"anchor/shown": 0.5}),
+           6: changed("chain16-bread-", 0.7), 7: changed("chain12-fixed-", 0.9, 9_000),
+           8: changed("chain16-", seconds=9000.0)}
     for position, results_ in bad.items():
         turned = [i for i, (was, now) in enumerate(zip(holds(results), holds(results_))) if was != now]
         assert turned == [position] and holds(results_)[position] is False
@@ -295,7 +298,7 @@ def test_claims_without_results_are_not_measured(claims):
     quick = [result("chain", 12, run.method, 0, 0.95 if run.method == "bread" else 0.0, 1000)
              for run in claims.matrix(quick=True)]
     verdicts = [verdict for _, verdict, _ in claims.verdicts(quick)]
-    assert verdicts == [True, None, None, True, None, None, None, None, True]
+    assert verdicts == [True, None, None, None, True, None, None, None, None, True]
 
 
 def test_the_table_comes_from_the_files_alone(claims, tmp_path, capsys):
@@ -307,7 +310,7 @@ def test_the_table_comes_from_the_files_alone(claims, tmp_path, capsys):
     for method in claims.LABELS:
         assert f"\n| {claims.table_label(method)} | " in printed
     assert "| BREAD | 5 | 95.0% | 95.0% | 120,000 | 101,053 | 30.0% | 20.0% | 60 |" in printed
-    assert "L^1.00" in printed and printed.count(" holds ") + printed.count(" does not hold ") == 9
+    assert "L^1.00" in printed and printed.count(" holds ") + printed.count(" does not hold ") == 10
     assert claims.read_results(tmp_path) == sorted(
         made_up(claims), key=lambda r: (r["task"], r["length"], r["method"], r["seed"]))
 
