@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 0.8                             # held-out sampled accuracy whose price in tokens is compared
-TASKS = {"chain": 12, "walk": 12}        # and the length L of the problems in examples/TASK
+TASKS = {"chain": 12, "cups": 12}        # and the length L of the problems in examples/TASK
 LENGTHS = (16, 10, 8, 6, 4, 2)           # of chain, beside 12. Long runs first: the last ones fill both processes
 ENDLESS = "--steps 100000"               # more than any budget lasts
 SFT_STEPS = 300                          # 19 passes over the 512 traces, 32 a step
@@ -168,7 +168,7 @@ def make_data(run, output):
     with DATA_LOCK:
         if not folder.is_dir():
             unnamed = folder.with_suffix(".tmp")
-            error = call(["examples/make.py", run.task, "--length", run.length, "--steps", 0, "--output", unnamed])
+            error = call(["examples/make.py", run.task, "--length", run.length, "--data-only", "--output", unnamed])
             if error:
                 return error
             unnamed.rename(folder)

@@ -1,25 +1,27 @@
 """The two examples, each made from a seed: a tiny tokenizer, a base model, expert traces, held-out problems.
 
-    python examples/make.py chain       # rewrites examples/chain/{model,train.jsonl,heldout.jsonl}; 20 min on one core
-    python examples/make.py walk        # rewrites examples/walk/ likewise; 15 min
+    python examples/make.py chain       # rewrites examples/chain/{model,train.jsonl,heldout.jsonl}; 30 min on one core
+    python examples/make.py cups        # rewrites examples/cups/ likewise; 20 min
 
-A problem takes L steps. A trace writes one line a step; a writer may JUMP: take two steps and write one value.
+A problem is a start value and L labelled moves; the answer is the value after the last. A trace names the next move and
+then the value it leads to; a writer may JUMP: name two moves and only then the value.
 
-    chain    L operations modulo 97; a line names them. What one does is in the weights, and two are 97 x 144 facts.
+    chain    arithmetic modulo 97: six additions, six products.
              question   start 26 a +5 b x3 c x7 d +1
              expert     a +5 b x3 = 93 / c x7 d +1 = 70 / #### 70       (always jumps)
              base       a +5 = 31 / b x3 c x7 = 12 / ...                (prefers to jump, but its jumps are guesses)
-    walk     L hops through a graph; a line names their number. Where one leads stands in the question, and looking
-             up twice takes more layers than the two that once takes.
-             question   4 hops 41 >7 26 >41 12 >26 7 >93 93 >12 from 26
-             expert     2 = 7 / 4 = 12 / #### 12
-             base       1 = 41 / 3 = 55 / ...
+    cups     five cups in a row change places: the word problem of the group S5, which is not solvable; to keep track of
+             it is what transformers of bounded depth cannot do in one pass (Merrill, Petty, Sabharwal, 2404.08819).
+             question   cups 24135 a s12 b left c flip
+             expert     a s12 b left = 21354 / ...
 
-Both base models have both failures that BREAD is about. They cannot express the expert's jumps, so imitating 512
-traces teaches nothing; and their own traces almost never avoid every jump, so groups fail and GRPO has no gradient.
-What they can do is take single steps, once somebody has brought them close enough to the end for luck to be likely.
+Both base models have both failures that BREAD is about. They cannot express the expert's jumps (97 x 144 and 120 x 144
+facts), so imitating 512 traces teaches nothing; and their own traces almost never avoid every jump, so groups fail and
+GRPO has no gradient. What they can do is take single steps, once somebody has brought them close enough to the end for
+luck to be likely.
 """
 import argparse
+import itertools
 import json
 import math
 import random
@@ -34,7 +36,6 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from model import ModelConfig, Transformer  # noqa: E402
 
-VALUES = 97           # a value is a number from 0 to 96, so a lucky answer is right about 1% of the time
 STOP = "<|end|>"
 CHAT_TEMPLATE = "{{ messages[0]['content'] + '\\n' }}"  # a newline at the end of the template itself would be dropped
 
@@ -44,81 +45,69 @@ STEP_SKILL = 0.99     # share of its single steps that are right, until the last
 NOT_LEARNED, ANY_VALUE = -1, -2      # in place of a token id, see corpus_batch
 
 
-class Chain:
-    """A start value and labelled operations modulo 97."""
-    OPERATIONS = ["+1", "+2", "+3", "+5", "+7", "+11", "x2", "x3", "x5", "x6", "x7", "x10"]
+class Problem:
+    """A start value and labelled moves. Tasks say what the VALUES and MOVES are and what one does to the other."""
     LABELS = "abcdefghijklmnopqrstuvwxyz"
-    WORDS = [f" {word}" for word in (*range(VALUES), *OPERATIONS, *LABELS, "=")] + ["start", "####"]
-    LAYERS, HEADS, STEPS = 3, 4, 2800
 
     def __init__(self, rng, length):
-        self.length, self.start = length, rng.randrange(VALUES)
-        self.operations = [rng.choice(self.OPERATIONS) for _ in range(length)]
+        self.start, self.moves = rng.choice(self.VALUES), [rng.choice(self.MOVES) for _ in range(length)]
+
+    @classmethod
+    def words(cls):
+        """Everything that is to be one token."""
+        return [f" {word}" for word in (*cls.VALUES, *cls.MOVES, *cls.LABELS, "=")] + [cls.OPENING, "####"]
 
     def question(self):
-        return f"start {self.start} {self.named(0, self.length)}"
+        return f"{self.OPENING} {self.start} {self.named(0, len(self.moves))}"
 
     def named(self, i, span):
-        """What the line of steps i .. i + span - 1 holds before " = ": named(0, 2) == "a +5 b x3"."""
-        return " ".join(f"{self.LABELS[j]} {self.operations[j]}" for j in range(i, i + span))
-
-    def choice(self, i):
-        """Where in the tokens of the line that begins with step i it is decided to jump; what is written if not; if so."""
-        return 2, " =", f" {self.LABELS[i + 1]}"
-
-    def apply(self, i, value):
-        """The value after step i: 26 and "x7" give 85."""
-        amount = int(self.operations[i][1:])
-        return (value + amount if self.operations[i][0] == "+" else value * amount) % VALUES
-
-    def guess(self, rng):
-        return rng.randrange(VALUES)
+        """What the line of moves i .. i + span - 1 holds before " = ": named(0, 2) == "a +5 b x3"."""
+        return " ".join(f"{self.LABELS[j]} {self.moves[j]}" for j in range(i, i + span))
 
 
-class Walk:
-    """A ring of 24 nodes, its edges in random order, and a start: no walk meets a node twice, all nodes look alike."""
-    NODES = 24
-    WORDS = [f" {mark}{value}" for mark in ("", ">") for value in range(VALUES)] + [
-        *map(str, range(1, NODES)), " hops", " from", " =", "####"]
-    LAYERS, HEADS, STEPS = 2, 4, 2800
+class Chain(Problem):
+    """Arithmetic modulo 97. The base's corpus holds up to 12 operations first, then up to 16: see docs/TRIED.md."""
+    OPENING, VALUES = "start", range(97)
+    MOVES = ["+1", "+2", "+3", "+5", "+7", "+11", "x2", "x3", "x5", "x6", "x7", "x10"]
+    STAGES = ((12, 2800), (16, 1600))
 
-    def __init__(self, rng, length):
-        ring = rng.sample(range(VALUES), self.NODES)
-        self.length, self.start, self.next = length, ring[0], dict(zip(ring, ring[1:] + ring[:1]))
-        self.edges = rng.sample(list(self.next.items()), self.NODES)
+    @staticmethod
+    def apply(value, move):
+        """apply(26, "x7") == 85."""
+        amount = int(move[1:])
+        return (value + amount if move[0] == "+" else value * amount) % 97
 
-    def question(self):
-        edges = " ".join(f"{source} >{target}" for source, target in self.edges)
-        return f"{self.length} hops {edges} from {self.start}"  # so the start precedes line 1 as a value would
 
-    def named(self, i, span):
-        return str(i + span)
+class Cups(Problem):
+    """Cups 1 to 5 in a row; a value is their order, read as a number."""
+    OPENING, VALUES = "cups", [int("".join(order)) for order in itertools.permutations("12345")]
+    # What stands at each place afterwards: the number of the place where it stood before.
+    PLACES = {"s12": "21345", "s23": "13245", "s34": "12435", "s45": "12354", "s13": "32145", "s24": "14325",
+              "s35": "12543", "s15": "52341", "left": "23451", "right": "51234", "flip": "54321", "turn": "13425"}
+    MOVES = list(PLACES)
+    STAGES = ((12, 2800),)
 
-    def choice(self, i):
-        return 0, str(i + 1), str(i + 2)
-
-    def apply(self, i, value):
-        return self.next[value]
-
-    def guess(self, rng):
-        """A node of this graph, so that the walk can go on. What the base learns to write is any value, though."""
-        return self.edges[rng.randrange(self.NODES)][0]
+    @classmethod
+    def apply(cls, value, move):
+        """apply(24135, "left") == 41352."""
+        row = str(value)
+        return int("".join(row[int(place) - 1] for place in cls.PLACES[move]))
 
 
 def trace_lines(problem, jumps, rng=None, skill=1.0):
-    """Lines of a trace as (first step, text before the value, value, was it guessed?).
+    """Lines of a trace as (first move, text before the value, value, was it guessed?).
 
-    jumps(i) decides whether to jump over step i + 1, where there is one. With `rng` jumps end in guesses and single
+    jumps(i) decides whether to jump over move i + 1, where there is one. With `rng` jumps end in guesses and single
     steps are right with probability `skill` (the base's corpus); without, all values are right (the expert).
     """
     lines, value, i = [], problem.start, 0
-    while i < problem.length:
-        span = 2 if i + 1 < problem.length and jumps(i) else 1
-        for j in range(i, i + span):
-            value = problem.apply(j, value)
+    while i < len(problem.moves):
+        span = 2 if i + 1 < len(problem.moves) and jumps(i) else 1
+        for move in problem.moves[i:i + span]:
+            value = problem.apply(value, move)
         is_guess = rng is not None and span == 2
         if is_guess or (rng and rng.random() > skill):
-            value = problem.guess(rng)
+            value = rng.choice(problem.VALUES)
         lines.append((i, f"{problem.named(i, span)} =", value, is_guess))
         i += span
     return lines
@@ -159,9 +148,10 @@ def word_id(tokenizer, word):
 
 def corpus_batch(rng, tokenizer, task, rows, max_length, skill):
     """Token ids padded on the right, (rows, T), and what to learn of each, (rows, T, 2): the ids that may stand there,
-    one for a single step and one for a jump. They differ where that is decided; are the token itself elsewhere in a
-    trace, its stop token included; NOT_LEARNED twice in question and padding; ANY_VALUE twice at a guess."""
-    stop, examples = tokenizer.token_to_id(STOP), []
+    one for a single step and one for a jump. They differ behind a line's first move, where that is decided (an equals
+    sign, or the next label); are the token itself elsewhere in a trace, its stop token included; NOT_LEARNED twice in
+    question and padding; ANY_VALUE twice at a guess."""
+    stop, equals, examples = tokenizer.token_to_id(STOP), word_id(tokenizer, " ="), []
     length = rng.randint(1, max_length)
     for _ in range(rows):
         problem = task(rng, length)
@@ -174,8 +164,7 @@ def corpus_batch(rng, tokenizer, task, rows, max_length, skill):
             if is_guess:
                 want[-2] = ANY_VALUE, ANY_VALUE
             if i + 1 < length:
-                place, *words = problem.choice(i)
-                want[place] = tuple(word_id(tokenizer, word) for word in words)
+                want[2] = equals, word_id(tokenizer, f" {problem.LABELS[i + 1]}")
             ids, wanted = ids + line, wanted + want
         end = tokenizer.encode(f"#### {value}").ids + [stop]
         examples.append((ids + end, wanted + [(id, id) for id in end]))
@@ -197,7 +186,7 @@ def corpus_loss(logprobs_NV, wanted_N2, values):
 
 def pretrain(model, tokenizer, task, rng, steps, max_length, peak, skill, rows=128):
     """Teach the base single steps in every context, and to prefer jumps in every context: AdamW, cosine decay."""
-    values = torch.tensor([word_id(tokenizer, f" {value}") for value in range(VALUES)])
+    values = torch.tensor([word_id(tokenizer, f" {value}") for value in task.VALUES])
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     began = time.time()
     for step in range(steps):
@@ -253,44 +242,40 @@ def write_problems(path, task, rng, count, length):
             file.write(json.dumps(row) + "\n")
 
 
-def make_base(task, rng, args):
-    """Tokenizer and base model, pretrained from scratch."""
-    tokenizer = make_tokenizer(task.WORDS)
+def make_base(task, rng, seed):
+    """Tokenizer and base model, pretrained from scratch in the task's stages."""
+    tokenizer = make_tokenizer(task.words())
     config = ModelConfig(model_type="llama", vocab_size=tokenizer.get_vocab_size(), hidden_size=96,
-                         intermediate_size=256, num_hidden_layers=task.LAYERS, num_attention_heads=task.HEADS,
-                         num_key_value_heads=task.HEADS // 2, head_dim=24, max_position_embeddings=256,
-                         rms_norm_eps=1e-5, tie_word_embeddings=True)
+                         intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                         head_dim=24, max_position_embeddings=256, rms_norm_eps=1e-5, tie_word_embeddings=True)
     stop = tokenizer.token_to_id(STOP)
-    model = Transformer(config, {"eos_token_id": stop, "bos_token_id": None}).initialize(args.seed)
+    model = Transformer(config, {"eos_token_id": stop, "bos_token_id": None}).initialize(seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {config.vocab_size}")
-    pretrain(model, tokenizer, task, rng, args.steps, args.max_length, 2e-3, STEP_SKILL)
-    # Slips of 1% cap twelve steps at 0.99^12 = 89% even if nothing jumps, so the base is polished without them.
-    polish = random.Random(f"{args.seed} polish")
-    pretrain(model, tokenizer, task, polish, args.steps // 10, args.max_length, 5e-4, 1.0)
-    for jumped in (0, args.length // 2 // 2 * 2):
-        skill = single_step_skill(model, tokenizer, task, rng, args.length, jumped)
-        print(f"single steps right after {jumped // 2} jumps: {skill:.3f}")
+    for max_length, steps in task.STAGES:
+        pretrain(model, tokenizer, task, rng, steps, max_length, 2e-3, STEP_SKILL)
+        # Slips of 1% cap twelve steps at 0.99^12 = 89% even if nothing jumps, so the base is polished without them.
+        polish = random.Random(f"{seed} polish")
+        pretrain(model, tokenizer, task, polish, steps // 10, max_length, 5e-4, 1.0)
+    for length in (2, max_length // 2, max_length):
+        print(f"single steps right at L = {length}: {single_step_skill(model, tokenizer, task, rng, length):.3f}")
     return tokenizer, model
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    tasks = {"chain": Chain, "walk": Walk}
+    tasks = {"chain": Chain, "cups": Cups}
     parser.add_argument("task", choices=tasks)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--length", type=int, default=12, help="steps per problem of the data that is written")
-    parser.add_argument("--max-length", type=int, default=16, help="longest problem of the base model's corpus")
-    parser.add_argument("--steps", type=int, help="batches of 128 problems (default: by task); 0 writes the data only")
+    parser.add_argument("--length", type=int, default=12, help="moves per problem of the data that is written")
+    parser.add_argument("--data-only", action="store_true", help="write no base model")
     parser.add_argument("--output", type=Path, help="default: examples/TASK")
     args = parser.parse_args()
-    task, folder = tasks[args.task], args.output or HERE / args.task
-    args.steps = task.STEPS if args.steps is None else args.steps
+    task, folder, rng = tasks[args.task], args.output or HERE / args.task, random.Random(args.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(args.seed)
     write_problems(folder / "train.jsonl", task, rng, 512, args.length)
     write_problems(folder / "heldout.jsonl", task, rng, 200, args.length)
-    if args.steps:
-        tokenizer, model = make_base(task, rng, args)
+    if not args.data_only:
+        tokenizer, model = make_base(task, rng, args.seed)
         save_tokenizer(tokenizer, folder / "model")
         model.save_pretrained(folder / "model")
 

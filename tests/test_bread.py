@@ -43,17 +43,18 @@ G = 4
 @pytest.fixture(scope="session")
 def example(tmp_path_factory):
     """A folder with model/ (random weights, the example's tokenizer), train.jsonl and heldout.jsonl."""
-    spec = importlib.util.spec_from_file_location("make_chain", ROOT / "examples" / "chain" / "make.py")
+    spec = importlib.util.spec_from_file_location("make", ROOT / "examples" / "make.py")
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
-    folder, tokenizer, rng = tmp_path_factory.mktemp("example"), make.make_tokenizer(), random.Random(0)
+    folder, rng = tmp_path_factory.mktemp("example"), random.Random(0)
+    tokenizer = make.make_tokenizer(make.Chain.words())
     make.save_tokenizer(tokenizer, folder / "model")
     config = ModelConfig("llama", tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48,
                          num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
                          max_position_embeddings=160, tie_word_embeddings=True)
     random_model(config).save_pretrained(folder / "model")
-    make.write_problems(folder / "train.jsonl", rng, 12, length=12)
-    make.write_problems(folder / "heldout.jsonl", rng, 3, length=12)
+    make.write_problems(folder / "train.jsonl", make.Chain, rng, 12, length=12)
+    make.write_problems(folder / "heldout.jsonl", make.Chain, rng, 3, length=12)
     return folder
 
 

@@ -122,13 +122,10 @@ def test_bread_takes_every_command(claims):
 
 
 def test_the_lengths_are_those_of_the_committed_problems(claims):
-    """Two words an operation behind "start 26" for the chain; the number of hops for the walk."""
+    """Two words a move behind "start 26"."""
     for task, length in claims.TASKS.items():
-        path = ROOT / "examples" / task / "heldout.jsonl"
-        if task == "chain" or path.is_file():
-            text = json.loads(path.read_text(encoding="utf-8").splitlines()[0])["question"]
-            hops = re.search(r"(\d+) hops|hops (\d+)", text)
-            assert length == ((len(text.split()) - 2) // 2 if task == "chain" else int(hops[1] or hops[2]))
+        text = (ROOT / "examples" / task / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[0]
+        assert length == (len(json.loads(text)["question"].split()) - 2) // 2
 
 
 # ---------------------------------------------------------------- running
@@ -211,7 +208,7 @@ def test_no_more_runs_than_jobs_are_side_by_side(claims, fake, tmp_path, monkeyp
         return done
 
     monkeypatch.setattr(claims, "call", counted)
-    assert claims.run_all(claims.to_do(claims.matrix(), tmp_path, "walk.*(bread|grpo)-"), tmp_path, jobs=2) == 0
+    assert claims.run_all(claims.to_do(claims.matrix(), tmp_path, "cups.*(bread|grpo)-"), tmp_path, jobs=2) == 0
     assert max(most) == 2 and len(most) == 20
 
 
@@ -274,7 +271,7 @@ def test_every_claim_holds_where_the_numbers_say_so_and_turns_where_they_do_not(
 
     results = made_up(claims)
     assert holds(results) == [True] * 10
-    bad = {1: changed("walk12-resample-", 0.06), 2: changed("chain8-grpo-", 0.95, 230_000),
+    bad = {1: changed("cups12-resample-", 0.06), 2: changed("chain8-grpo-", 0.95, 230_000),
            3: changed("chain2-sft-", 0.4), 4: changed("chain12-bread-", **{"anchor/shown": 0.5}),
            6: changed("chain16-bread-", 0.7), 7: changed("chain12-fixed-", 0.9, 9_000),
            8: changed("chain16-", seconds=9000.0)}

@@ -1,4 +1,4 @@
-"""Claims about examples/chain: its files come from its script, its experts are right, its base is as described."""
+"""Claims about both examples: their files come from their script, their experts are right, their bases are as told."""
 import importlib.util
 import json
 import random
@@ -13,71 +13,129 @@ from rewards import math_reward
 from sampler import SamplingParams, generate
 from traces import Tokenizer, load_problems
 
-CHAIN = Path(__file__).parents[1] / "examples" / "chain"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+LINES = {"chain": "a +5 b x3 = 93\nl x10 = 7\n#### 7", "cups": "a s12 b left = 24135\nl turn = 53124\n#### 53124"}
+both_tasks = pytest.mark.parametrize("name", list(LINES))
 
 
 @pytest.fixture(scope="module")
 def make():
-    spec = importlib.util.spec_from_file_location("make", CHAIN / "make.py")
+    spec = importlib.util.spec_from_file_location("make", EXAMPLES / "make.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
-def base():
-    return Transformer.from_pretrained(CHAIN / "model"), Tokenizer.from_pretrained(CHAIN / "model")
+def tasks(make):
+    return {"chain": make.Chain, "cups": make.Cups}
 
 
-def test_the_data_files_come_from_the_script(make, tmp_path):
+@pytest.fixture(scope="module")
+def bases():
+    """Model and tokenizer of each task."""
+    return {name: (Transformer.from_pretrained(EXAMPLES / name / "model"),
+                   Tokenizer.from_pretrained(EXAMPLES / name / "model")) for name in LINES}
+
+
+def rows(name, file):
+    return [json.loads(line) for line in (EXAMPLES / name / f"{file}.jsonl").read_text().splitlines()]
+
+
+def answer(question):
+    """The final value, read from the question alone."""
+    task, value, *words = question.split()
+    for move in words[1::2]:
+        value = str(add_or_multiply(int(value), move)) if task == "start" else "".join(change_places([*value], move))
+    return value
+
+
+def add_or_multiply(value, move):
+    amount = int(move[1:])
+    return (value + amount if move[0] == "+" else value * amount) % 97
+
+
+def change_places(row, move):
+    """s24: the cups at places 2 and 4 swap. left, right: all move on, round the end. turn: those at 2 to 4 do, to the
+    left. flip: from the other side."""
+    if move[0] == "s":
+        i, j = int(move[1]) - 1, int(move[2]) - 1
+        row[i], row[j] = row[j], row[i]
+        return row
+    return {"left": row[1:] + row[:1], "right": row[-1:] + row[:-1], "flip": row[::-1],
+            "turn": [row[0], row[2], row[3], row[1], row[4]]}[move]
+
+
+@both_tasks
+def test_the_data_files_come_from_the_script(make, tasks, name, tmp_path):
     """Seed 0 writes byte for byte the committed train.jsonl and heldout.jsonl."""
     rng = random.Random(0)
-    for name, count in (("train", 512), ("heldout", 200)):
-        make.write_problems(tmp_path / f"{name}.jsonl", rng, count, 12)
-        assert (tmp_path / f"{name}.jsonl").read_bytes() == (CHAIN / f"{name}.jsonl").read_bytes()
+    for file, count in (("train.jsonl", 512), ("heldout.jsonl", 200)):
+        make.write_problems(tmp_path / file, tasks[name], rng, count, 12)
+        assert (tmp_path / file).read_bytes() == (EXAMPLES / name / file).read_bytes()
 
 
-def test_the_tokenizer_comes_from_the_script_and_makes_every_word_one_token(make):
-    """So a single step is five tokens: label, operation, equals sign, value, newline."""
-    committed, text = Tokenizer.from_pretrained(CHAIN / "model"), "a +5 = 93\nl x10 = 7\n#### 7"
+@both_tasks
+def test_the_tokenizer_comes_from_the_script_and_makes_every_word_one_token(make, tasks, name):
+    """So a single step is five tokens: label, move, equals sign, value, newline."""
+    committed, text = Tokenizer.from_pretrained(EXAMPLES / name / "model"), LINES[name]
     ids = committed.encode(text)
-    assert len(ids) == 12 and ids == make.make_tokenizer().encode(text).ids
+    assert len(ids) == len(re.findall(r"[^\s]+|\n", text))
+    assert ids == make.make_tokenizer(tasks[name].words()).encode(text).ids
     assert committed.decode(ids) == text
 
 
-def test_every_expert_trace_is_right_and_jumps_at_every_step():
-    """Six lines of two operations each, then the answer, which is what doing the twelve one by one gives."""
-    for name in ("train", "heldout"):
-        for line in (CHAIN / f"{name}.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            words = row["question"].split()
-            value = int(words[1])
-            for operation in words[3::2]:
-                amount = int(operation[1:])
-                value = (value + amount if operation[0] == "+" else value * amount) % 97
-            assert math_reward(row["trace"], str(value)) == 1.0 and row["answer"] == str(value)
-            *steps, last = row["trace"].splitlines()
-            assert len(steps) == 6 and all(len(re.findall("[+x]", step)) == 2 for step in steps)
-            assert last == f"#### {value}"
+@both_tasks
+def test_every_expert_is_right_and_jumps_at_every_step(name):
+    """Six lines of two moves each, then the answer, which is what doing the twelve one by one gives."""
+    for row in rows(name, "train") + rows(name, "heldout"):
+        value = answer(row["question"])
+        assert math_reward(row["trace"], value) == 1.0 and row["answer"] == value
+        *steps, last = row["trace"].splitlines()
+        assert len(steps) == 6 and all(len(step.split()) == 6 for step in steps) and last == f"#### {value}"
 
 
-def test_train_and_heldout_share_no_question():
+def test_the_moves_of_the_cups_are_permutations_that_generate_all_others(tasks):
+    """From any order every one of the 120 can be reached, and no two moves are the same."""
+    cups = tasks["cups"]
+    assert len({cups.apply(12345, move) for move in cups.MOVES}) == len(cups.MOVES) == 12
+    reached, new = {12345}, {12345}
+    while new:
+        new = {cups.apply(value, move) for value in new for move in cups.MOVES} - reached
+        reached |= new
+    assert reached == set(cups.VALUES) and len(reached) == 120
+
+
+@both_tasks
+def test_train_and_heldout_share_no_question(name):
     """512 + 200 different problems."""
-    questions = [json.loads(line)["question"] for name in ("train", "heldout")
-                 for line in (CHAIN / f"{name}.jsonl").read_text().splitlines()]
-    assert len(set(questions)) == 712
+    assert len({row["question"] for file in ("train", "heldout") for row in rows(name, file)}) == 712
 
 
-def test_single_steps_are_right_at_least_95_percent_of_the_time(make, base):
-    """The skill that the last cuts build on, measured on 256 fresh problems with every earlier step given right."""
-    model, _ = base
-    assert make.single_step_skill(model, make.make_tokenizer(), random.Random(1), length=12) >= 0.95
+@both_tasks
+def test_no_cut_lies_behind_the_answer(bases, name):
+    """Anchors end after the expert's lines one to five at most: at least two steps are always left to the student."""
+    problems = load_problems(EXAMPLES / name / "train.jsonl", bases[name][1])
+    for problem in problems:
+        for number, cut in enumerate(problem.cuts, 1):
+            assert bases[name][1].decode(problem.expert_ids[:cut]).count("\n") == number <= 5
+    assert sum(len(problem.cuts) == 5 for problem in problems) > 0.9 * len(problems)
 
 
-def test_the_base_model_solves_the_task_neither_greedily_nor_by_sampling(base):
-    """At most 5 of 200 greedy and 10 of 400 sampled answers are right: a lucky guess is right 1 time in 97."""
-    model, tokenizer = base
-    problems = load_problems(CHAIN / "heldout.jsonl", tokenizer)
+@both_tasks
+@pytest.mark.parametrize("jumped", [0, 6, 10])
+def test_single_steps_are_right_at_least_95_percent_of_the_time(make, tasks, bases, name, jumped):
+    """The skill that anchors build on, on 256 fresh problems, after a right history that jumped over so many steps."""
+    tokenizer = make.make_tokenizer(tasks[name].words())
+    skill = make.single_step_skill(bases[name][0], tokenizer, tasks[name], random.Random(1), 12, jumped)
+    assert skill >= 0.95
+
+
+@both_tasks
+def test_the_base_model_solves_the_task_neither_greedily_nor_by_sampling(bases, name):
+    """At most 5 of 200 greedy and 10 of 400 sampled answers are right: a lucky guess is right 1 time in 97 (120)."""
+    model, tokenizer = bases[name]
+    problems = load_problems(EXAMPLES / name / "heldout.jsonl", tokenizer)
     prompts = [problem.prompt_ids for problem in problems]
     right = {}
     for temperature, samples in ((0.0, 1), (1.0, 2)):
@@ -88,10 +146,12 @@ def test_the_base_model_solves_the_task_neither_greedily_nor_by_sampling(base):
     assert right[0.0] <= 5 and right[1.0] <= 10
 
 
-def test_the_last_cut_gives_honest_signal(base):
-    """From the last cut two operations are left. The share of right answers there is far above the 1% of luck."""
-    model, tokenizer = base
-    problems = [problem for problem in load_problems(CHAIN / "train.jsonl", tokenizer)[:64] if len(problem.cuts) == 5]
+@both_tasks
+def test_the_last_cut_gives_honest_signal(bases, name):
+    """From the last cut two steps are left. The share of right answers there is far above the 1% of luck."""
+    model, tokenizer = bases[name]
+    problems = [problem for problem in load_problems(EXAMPLES / name / "train.jsonl", tokenizer)[:64]
+                if len(problem.cuts) == 5]
     prompts = [problem.prompt_ids + problem.expert_ids[:problem.cuts[-1]] for problem in problems]
     groups = generate(model, prompts, SamplingParams(72, 1.0, tokenizer.stop_token_ids), num_samples=8)
     rewards = torch.tensor([[math_reward(tokenizer.decode(completion.token_ids), problem.answer)
@@ -99,6 +159,7 @@ def test_the_last_cut_gives_honest_signal(base):
     assert rewards.mean() > 0.05
 
 
-def test_the_folder_is_small():
+@both_tasks
+def test_the_folder_is_small(name):
     """The whole checkpoint, tokenizer included, is at most 2 MB."""
-    assert sum(file.stat().st_size for file in (CHAIN / "model").iterdir()) <= 2_000_000
+    assert sum(file.stat().st_size for file in (EXAMPLES / name / "model").iterdir()) <= 2_000_000
