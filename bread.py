@@ -136,7 +136,8 @@ def sample_groups(run, points, kind, trunk=None, group_size=None, temperature=No
 
 
 def search_anchors(run, problems):
-    """Episode Anchor Search for all failed problems in lockstep: {problem id: group of the accepted probe}.
+    """Episode Anchor Search for all failed problems in lockstep: {problem id: group of the accepted probe}. (With
+    --anchor-when always: for all problems, and every probe is accepted.)
 
     Every search names a cut, one batched branch serves them all, the success counts go back. Question and trace of
     each problem are prefilled once, however many probes follow.
@@ -192,7 +193,7 @@ def after_failure(run, group):
         return group + sample_groups(run, [(problem, 0)], "resample")[0]
     if run.config.on_fail == "expert":      # the paper's "GRPO with expert trace", which it finds to be worse
         return group[:-1] + [expert_rollout(run, problem)]
-    return group                            # equal rewards, advantage zero: the problem is skipped
+    return group                            # equal rewards, advantage zero: skipped (sft: the step after the update)
 
 
 def expert_rollout(run, problem, advantage=0.0):

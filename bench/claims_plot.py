@@ -119,11 +119,11 @@ def lengths(plt, results):
 def curriculum(plt, results):
     figure, axes, tasks = panels(plt, results, 4.0, rows=2)
     for column, (task, length) in enumerate(tasks):
-        ends = []
-        for method in ("grpo", "bread"):
+        ends, steps = [], max(r["steps"] for r in select(results, task, length, "bread"))
+        for method in ("grpo", "bread"):  # GRPO's steps are cheaper, so its runs are longer: shown as far as BREAD's
             runs = select(results, task, length, method)
             if runs:
-                share = [[1 - value for value in r["series"]["frac_reward_zero_std"]] for r in runs]
+                share = [[1 - value for value in r["series"]["frac_reward_zero_std"][:steps]] for r in runs]
                 end = band(axes[1][column], [(range(1, len(ys) + 1), ys) for ys in share], COLORS[method])
                 ends.append((end, LABELS[method], COLORS[method]))
         anchors = [[(step, y) for step, y in enumerate(r["series"]["anchor/fraction"], 1) if y is not None]
