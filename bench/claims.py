@@ -521,23 +521,28 @@ def duration(results, runs, limit, claim):
     return claim, sum(measured) <= limit if len(measured) == len(runs) else None, numbers
 
 
-def print_tables(folder):
-    """Everything that docs/RESULTS.md says in numbers, from a folder of results."""
-    results = read_results(folder)
-    if not results:
-        sys.exit(f"claims.py: no *.json in {folder}; run the matrix first, or give the folder as --results")
+def tables(results):
+    """{name: Markdown} of everything that docs/RESULTS.md says in numbers."""
     words = {True: "holds", False: "does not hold", None: "not measured"}
-    print("| claim | | numbers |\n|---|---|---|")
-    for claim, holds, numbers in verdicts(results):
-        print(f"| {claim} | {words[holds]} | {numbers or '-'} |")
-    for task, length in TASKS.items():
-        print(f"\n## {task}, L = {length}\n\n{method_table(results, task, [method for method, *_ in HEADLINE])}")
-    controls = ["bread", "grpo"] + [method for method, *_ in CONTROLS]
-    print(f"\n## Controls: chain, L = {TASKS['chain']}\n\n{method_table(results, 'chain', controls)}")
-    print(f"\n## Lengths of chain\n\n{length_table(results)}")
+    claims = [f"| {claim} | {words[holds]} | {numbers or '-'} |" for claim, holds, numbers in verdicts(results)]
     made = {key: ", ".join(sorted({str(r[key]) for r in results})) for key in ("commit", "torch", "python", "cores")}
-    print("\nMedian (range over seeds). {} runs; ".format(len(results))
-          + "; ".join(f"{key} {value}" for key, value in made.items()) + ".")
+    source = f"Median (range over seeds). {len(results)} runs; " + "; ".join(
+        f"{key} {value}" for key, value in made.items()) + "."
+    headline = [f"{task}, L = {length}:\n\n" + method_table(results, task, [method for method, *_ in HEADLINE])
+                for task, length in TASKS.items()]
+    controls = ["bread", "grpo"] + [method for method, *_ in CONTROLS]
+    return {"claims": "\n".join(["| claim | | numbers |\n|---|---|---|", *claims, "", source]),
+            "headline": "\n\n".join(headline), "lengths": length_table(results),
+            "controls": method_table(results, "chain", controls)}
+
+
+def fill_in(path, results):
+    """Write every table into a Markdown file, between `<!-- NAME -->` and `<!-- end -->`."""
+    text = path.read_text(encoding="utf-8")
+    for name, table in tables(results).items():
+        text = re.sub(rf"(<!-- {name} -->\n).*?(?=<!-- end -->)", lambda found: f"{found[1]}\n{table}\n\n", text,
+                      flags=re.DOTALL)
+    path.write_text(text, encoding="utf-8")
 
 
 def main():
@@ -549,11 +554,16 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
     parser.add_argument("--list", action="store_true", help="print the runs that are missing, and their commands")
     parser.add_argument("--table", action="store_true", help="print Markdown from the results, run nothing")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="--table: write it into this Markdown file")
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error(f"--jobs is {args.jobs}, it must be at least 1")
     if args.table:
-        return print_tables(args.results or args.output / "results")
+        folder = args.results or args.output / "results"
+        results = read_results(folder)
+        if not results:
+            parser.error(f"no *.json in {folder}; run the matrix first, or give the folder as --results")
+        return fill_in(args.into, results) if args.into else print("\n\n".join(tables(results).values()))
     runs, output = matrix(args.quick), args.output.resolve()
     todo = to_do(runs, output, args.only)
     if args.list:

@@ -298,18 +298,30 @@ def test_claims_without_results_are_not_measured(claims):
     assert verdicts == [True, None, None, None, True, None, None, None, None, True]
 
 
-def test_the_table_comes_from_the_files_alone(claims, tmp_path, capsys):
-    """Every method once in its tables, with its median and range."""
+def test_the_tables_come_from_the_files_alone(claims, tmp_path):
+    """Every method once in its tables, with its median and range; a Markdown file is filled in, again and again."""
     for r in made_up(claims):
         claims.write_result(tmp_path / f"{r['task']}{r['length']}-{r['method']}-{r['seed']}.json", r)
-    claims.print_tables(tmp_path)
-    printed = capsys.readouterr().out
+    results = claims.read_results(tmp_path)
+    assert results == sorted(made_up(claims), key=lambda r: (r["task"], r["length"], r["method"], r["seed"]))
+    tables = claims.tables(results)
     for method in claims.LABELS:
-        assert f"\n| {claims.table_label(method)} | " in printed
-    assert "| BREAD | 5 | 95.0% | 95.0% | 120,000 | 101,053 | 30.0% | 20.0% | 60 |" in printed
-    assert "L^1.00" in printed and printed.count(" holds ") + printed.count(" does not hold ") == 10
-    assert claims.read_results(tmp_path) == sorted(
-        made_up(claims), key=lambda r: (r["task"], r["length"], r["method"], r["seed"]))
+        assert f"\n| {claims.table_label(method)} | " in tables["headline"] + tables["controls"]
+    assert "| BREAD | 5 | 95.0% | 95.0% | 120,000 | 101,053 | 30.0% | 20.0% | 60 |" in tables["headline"]
+    assert "L^1.00" in tables["lengths"]
+    assert tables["claims"].count(" holds ") + tables["claims"].count(" does not hold ") == 10
+    document = tmp_path / "results.md"
+    document.write_text("before\n<!-- claims -->\nold\n<!-- end -->\nafter\n")
+    for _ in range(2):
+        claims.fill_in(document, results)
+        assert document.read_text() == f"before\n<!-- claims -->\n\n{tables['claims']}\n\n<!-- end -->\nafter\n"
+
+
+def test_the_published_results_are_those_of_the_files(claims):
+    """docs/RESULTS.md holds every table of bench/results/claims, to the letter."""
+    published = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
+    for name, table in claims.tables(claims.read_results(ROOT / "bench" / "results" / "claims")).items():
+        assert f"<!-- {name} -->\n\n{table}\n\n<!-- end -->" in published, name
 
 
 # ---------------------------------------------------------------- figures
