@@ -26,8 +26,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 0.8                             # held-out sampled accuracy whose price in tokens is compared
-TASKS = {"chain": 12, "cups": 12}        # and the length L of the problems in examples/TASK
-LENGTHS = (16, 10, 8, 6, 4, 2)           # of chain, beside 12. Long runs first: the last ones fill both processes
+TASKS = {"chain": 12, "division": 12}        # and the length L of the problems in examples/TASK
+LENGTHS = (16, 10, 9, 8, 6, 4, 2)        # of chain, beside 12. Long runs first: the last ones fill both processes
 ENDLESS = "--steps 100000"               # more than any budget lasts
 SFT_STEPS = 300                          # 19 passes over the 512 traces, 32 a step
 
@@ -94,11 +94,11 @@ class Run:
 
 def by_length(length):
     """BREAD and GRPO at another L. Short problems are learned within a few steps, so each of them is evaluated. At
-    L = 10 GRPO arrives late if at all, and may spend three times what BREAD spent. Where the base is right sometimes,
-    SFT has something to spoil."""
+    L = 9 and 10 GRPO arrives late if at all, and may spend three times what BREAD spent. Where the base is right at
+    times, SFT has something to spoil."""
     bread_every, grpo_every = (1, 1) if length <= 6 else (2, 3) if length <= 8 else (2, 6)
     rows = [("bread", 0, bread_every, "--method bread"),
-            ("grpo", 3 if length == 10 else 1, grpo_every, "--method grpo")]
+            ("grpo", 3 if length in (9, 10) else 1, grpo_every, "--method grpo")]
     return rows + [row[:4] for row in HEADLINE if row[0] == "sft" and length <= 4]
 
 
@@ -310,9 +310,9 @@ def first(result, key="eval/accuracy"):
     return result["evaluations"][0][key]
 
 
-def tokens_to(result, target=TARGET):
-    """Sampled tokens at which the held-out sampled accuracy first reaches `target`, linear between evaluations;
-    infinity if it never does.
+def tokens_to(result, target=TARGET, key="tokens/sampled"):
+    """Sampled tokens (or, by `key`, steps) at which the held-out sampled accuracy first reaches `target`, linear
+    between evaluations; infinity if it never does.
 
     >>> tokens_to({"evaluations": [{"tokens/sampled": 0, "eval/accuracy": 0.0},
     ...                            {"tokens/sampled": 100, "eval/accuracy": 0.4},
@@ -321,7 +321,7 @@ def tokens_to(result, target=TARGET):
     """
     before = None
     for row in result["evaluations"]:
-        tokens, accuracy = row["tokens/sampled"], row["eval/accuracy"]
+        tokens, accuracy = row[key], row["eval/accuracy"]
         if accuracy >= target:
             if before is None:
                 return float(tokens)
@@ -331,10 +331,11 @@ def tokens_to(result, target=TARGET):
     return math.inf
 
 
-def medians_by_length(results, method):
-    """{L: median of the tokens to 80% over seeds} of chain; infinite where most seeds never arrive."""
+def medians_by_length(results, method, key="tokens/sampled"):
+    """{L: median of the tokens (or steps) to 80% over seeds} of chain; infinite where most seeds never arrive."""
     lengths = sorted({r["length"] for r in results if (r["task"], r["method"]) == ("chain", method)})
-    return {length: statistics.median(map(tokens_to, select(results, "chain", length, method))) for length in lengths}
+    return {length: statistics.median(tokens_to(r, key=key) for r in select(results, "chain", length, method))
+            for length in lengths}
 
 
 def exponent(tokens_by_length, shortest=4, longest=16):
@@ -402,17 +403,19 @@ def table_label(method):
 def length_table(results):
     """Markdown: tokens to 80% of BREAD and GRPO by L, their ratio, and BREAD's exponent."""
     bread, grpo = (medians_by_length(results, method) for method in ("bread", "grpo"))
-    lines = [f"| L | base, sampled | after SFT | BREAD, tokens to {TARGET:.0%} | GRPO | GRPO's budget | GRPO / BREAD |",
-             "|---" * 7 + "|"]
+    lines = [f"| L | base, sampled | after SFT | BREAD, tokens to {TARGET:.0%} | in steps "
+             f"| GRPO, tokens to {TARGET:.0%} | its budget | GRPO / BREAD |", "|---" * 8 + "|"]
     for length in bread:
         ours, theirs = (select(results, "chain", length, method) for method in ("bread", "grpo"))
         after = select(results, "chain", length, "sft")
         cells = [spread(map(first, ours), percent), spread(map(final, after), percent),
-                 spread(map(tokens_to, ours), count), spread(map(tokens_to, theirs), count),
-                 spread([r["tokens/sampled"] for r in theirs], count), ratio_text(results, bread, grpo, length)]
+                 spread(map(tokens_to, ours), count), spread([tokens_to(r, key="step") for r in ours], count),
+                 spread(map(tokens_to, theirs), count), spread([r["tokens/sampled"] for r in theirs], count),
+                 ratio_text(results, bread, grpo, length)]
         lines.append(f"| {length} | " + " | ".join(cells) + " |")
-    slope = exponent(bread)
-    lines += ["", f"BREAD's tokens to {TARGET:.0%} over L = 4 to 16, least squares on medians: {power(slope)}."]
+    slopes = [power(exponent(medians)) for medians in (bread, medians_by_length(results, "bread", "step"))]
+    lines += ["", f"BREAD to {TARGET:.0%} over L = 4 to 16, least squares on medians: tokens {slopes[0]}, "
+                  f"steps {slopes[1]}."]
     return "\n".join(lines)
 
 

@@ -1,27 +1,25 @@
 """The two examples, each made from a seed: a tiny tokenizer, a base model, expert traces, held-out problems.
 
     python examples/make.py chain       # rewrites examples/chain/{model,train.jsonl,heldout.jsonl}; 30 min on one core
-    python examples/make.py cups        # rewrites examples/cups/ likewise; 20 min
+    python examples/make.py division    # rewrites examples/division/ likewise, from the chain's base; 7 min
 
 A problem is a start value and L labelled moves; the answer is the value after the last. A trace names the next move and
 then the value it leads to; a writer may JUMP: name two moves and only then the value.
 
-    chain    arithmetic modulo 97: six additions, six products.
-             question   start 26 a +5 b x3 c x7 d +1
-             expert     a +5 b x3 = 93 / c x7 d +1 = 70 / #### 70       (always jumps)
-             base       a +5 = 31 / b x3 c x7 = 12 / ...                (prefers to jump, but its jumps are guesses)
-    cups     five cups in a row change places: the word problem of the group S5, which is not solvable; to keep track of
-             it is what transformers of bounded depth cannot do in one pass (Merrill, Petty, Sabharwal, 2404.08819).
-             question   cups 24135 a s12 b left c flip
-             expert     a s12 b left = 21354 / ...
+    chain       arithmetic modulo 97: six additions, six products.
+                question   start 26 a +5 b x3 c x7 d +1
+                expert     a +5 b x3 = 93 / c x7 d +1 = 70 / #### 70     (always jumps: 97 x 144 facts)
+                base       a +5 = 31 / b x3 c x7 = 12 / ...              (prefers to jump, but its jumps are guesses)
+    division    long division of a number by 97 (as in the check of an IBAN), digit by digit: the remainder so far.
+                question   number 26 a 5 b 3 c 0 d 8
+                expert     a 5 b 3 = 34 / c 0 d 8 = 13 / #### 13         (brings down two digits: 97 x 100 facts)
+                base       a 5 = 71 / b 3 c 0 = 44 / ...
 
-Both base models have both failures that BREAD is about. They cannot express the expert's jumps (97 x 144 and 120 x 144
-facts), so imitating 512 traces teaches nothing; and their own traces almost never avoid every jump, so groups fail and
-GRPO has no gradient. What they can do is take single steps, once somebody has brought them close enough to the end for
-luck to be likely.
+Both base models have both failures that BREAD is about. They cannot express the expert's jumps, so imitating 512 traces
+teaches nothing; and their own traces almost never avoid every jump, so groups fail and GRPO has no gradient. What they
+can do is take single steps, once somebody has brought them close enough to the end for luck to be likely.
 """
 import argparse
-import itertools
 import json
 import math
 import random
@@ -69,7 +67,7 @@ class Chain(Problem):
     """Arithmetic modulo 97. The base's corpus holds up to 12 operations first, then up to 16: see docs/TRIED.md."""
     OPENING, VALUES = "start", range(97)
     MOVES = ["+1", "+2", "+3", "+5", "+7", "+11", "x2", "x3", "x5", "x6", "x7", "x10"]
-    STAGES = ((12, 2800), (16, 1600))
+    STARTS_FROM, STAGES = None, ((12, 2800), (16, 1600))
 
     @staticmethod
     def apply(value, move):
@@ -78,20 +76,16 @@ class Chain(Problem):
         return (value + amount if move[0] == "+" else value * amount) % 97
 
 
-class Cups(Problem):
-    """Cups 1 to 5 in a row; a value is their order, read as a number."""
-    OPENING, VALUES = "cups", [int("".join(order)) for order in itertools.permutations("12345")]
-    # What stands at each place afterwards: the number of the place where it stood before.
-    PLACES = {"s12": "21345", "s23": "13245", "s34": "12435", "s45": "12354", "s13": "32145", "s24": "14325",
-              "s35": "12543", "s15": "52341", "left": "23451", "right": "51234", "flip": "54321", "turn": "13425"}
-    MOVES = list(PLACES)
-    STAGES = ((12, 2800),)
+class Division(Problem):
+    """Long division by 97: the remainder so far, and the next digit brought down."""
+    OPENING, VALUES = "number", range(97)
+    MOVES = [*"0123456789"]
+    STARTS_FROM, STAGES = "chain", ((12, 1000), (12, 1200))
 
-    @classmethod
-    def apply(cls, value, move):
-        """apply(24135, "left") == 41352."""
-        row = str(value)
-        return int("".join(row[int(place) - 1] for place in cls.PLACES[move]))
+    @staticmethod
+    def apply(value, move):
+        """apply(26, "5") == 71, the remainder of 265."""
+        return (10 * value + int(move)) % 97
 
 
 def trace_lines(problem, jumps, rng=None, skill=1.0):
@@ -243,7 +237,7 @@ def write_problems(path, task, rng, count, length):
 
 
 def make_base(task, rng, seed):
-    """Tokenizer and base model, pretrained from scratch in the task's stages."""
+    """Tokenizer and base model, pretrained in the task's stages."""
     tokenizer = make_tokenizer(task.words())
     config = ModelConfig(model_type="llama", vocab_size=tokenizer.get_vocab_size(), hidden_size=96,
                          intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -251,7 +245,10 @@ def make_base(task, rng, seed):
     stop = tokenizer.token_to_id(STOP)
     model = Transformer(config, {"eos_token_id": stop, "bos_token_id": None}).initialize(seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {config.vocab_size}")
-    for max_length, steps in task.STAGES:
+    if task.STARTS_FROM:
+        adopt(model, tokenizer, HERE / task.STARTS_FROM / "model")
+    for number, (max_length, steps) in enumerate(task.STAGES):
+        rng = random.Random(f"{seed} stage {number}") if number else rng
         pretrain(model, tokenizer, task, rng, steps, max_length, 2e-3, STEP_SKILL)
         # Slips of 1% cap twelve steps at 0.99^12 = 89% even if nothing jumps, so the base is polished without them.
         polish = random.Random(f"{seed} polish")
@@ -261,9 +258,20 @@ def make_base(task, rng, seed):
     return tokenizer, model
 
 
+@torch.no_grad()
+def adopt(model, tokenizer, folder):
+    """Begin with another base: all of its layers, and its embeddings of the words that both tokenizers have."""
+    other, theirs = Transformer.from_pretrained(folder), Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    shared = {id: theirs[word] for word, id in tokenizer.get_vocab().items() if word in theirs}
+    embeddings = model.lm_head.weight.clone()
+    embeddings[list(shared)] = other.lm_head.weight[list(shared.values())]
+    model.load_state_dict({name: embeddings if tensor.shape == embeddings.shape else other.state_dict()[name]
+                           for name, tensor in model.state_dict().items()})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    tasks = {"chain": Chain, "cups": Cups}
+    tasks = {"chain": Chain, "division": Division}
     parser.add_argument("task", choices=tasks)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--length", type=int, default=12, help="moves per problem of the data that is written")

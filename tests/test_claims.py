@@ -56,7 +56,8 @@ def fake(claims, monkeypatch):
 
 
 def curve(*points):
-    return {"evaluations": [{"tokens/sampled": tokens, "eval/accuracy": accuracy} for tokens, accuracy in points]}
+    return {"evaluations": [{"tokens/sampled": tokens, "eval/accuracy": accuracy, "step": i}
+                            for i, (tokens, accuracy) in enumerate(points)]}
 
 
 def result(task, length, method, seed, accuracy, tokens, seconds=60.0, **more):
@@ -106,7 +107,7 @@ def test_headline_rows_have_five_seeds_and_the_others_three(claims):
     for (task, length, method), numbers in seeds.items():
         is_headline = length == claims.TASKS[task] and method in {row[0] for row in claims.HEADLINE}
         assert numbers == list(range(5 if is_headline else 3))
-    assert {length for task, length, _ in seeds if task == "chain"} == {2, 4, 6, 8, 10, 12, 16}
+    assert {length for task, length, _ in seeds if task == "chain"} == {2, 4, 6, 8, 9, 10, 12, 16}
 
 
 def test_bread_takes_every_command(claims):
@@ -208,7 +209,7 @@ def test_no_more_runs_than_jobs_are_side_by_side(claims, fake, tmp_path, monkeyp
         return done
 
     monkeypatch.setattr(claims, "call", counted)
-    assert claims.run_all(claims.to_do(claims.matrix(), tmp_path, "cups.*(bread|grpo)-"), tmp_path, jobs=2) == 0
+    assert claims.run_all(claims.to_do(claims.matrix(), tmp_path, "division.*(bread|grpo)-"), tmp_path, jobs=2) == 0
     assert max(most) == 2 and len(most) == 20
 
 
@@ -271,7 +272,7 @@ def test_every_claim_holds_where_the_numbers_say_so_and_turns_where_they_do_not(
 
     results = made_up(claims)
     assert holds(results) == [True] * 10
-    bad = {1: changed("cups12-resample-", 0.06), 2: changed("chain8-grpo-", 0.95, 230_000),
+    bad = {1: changed("division12-resample-", 0.06), 2: changed("chain8-grpo-", 0.95, 230_000),
            3: changed("chain2-sft-", 0.4), 4: changed("chain12-bread-", **{"anchor/shown": 0.5}),
            6: changed("chain16-bread-", 0.7), 7: changed("chain12-fixed-", 0.9, 9_000),
            8: changed("chain16-", seconds=9000.0)}

@@ -14,7 +14,7 @@ from sampler import SamplingParams, generate
 from traces import Tokenizer, load_problems
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-LINES = {"chain": "a +5 b x3 = 93\nl x10 = 7\n#### 7", "cups": "a s12 b left = 24135\nl turn = 53124\n#### 53124"}
+LINES = {"chain": "a +5 b x3 = 93\nl x10 = 7\n#### 7", "division": "a 5 b 0 = 93\nl 9 = 7\n#### 7"}
 both_tasks = pytest.mark.parametrize("name", list(LINES))
 
 
@@ -28,7 +28,7 @@ def make():
 
 @pytest.fixture(scope="module")
 def tasks(make):
-    return {"chain": make.Chain, "cups": make.Cups}
+    return {"chain": make.Chain, "division": make.Division}
 
 
 @pytest.fixture(scope="module")
@@ -43,27 +43,14 @@ def rows(name, file):
 
 
 def answer(question):
-    """The final value, read from the question alone."""
+    """The final value, read from the question alone, and not step by step where that can be avoided."""
     task, value, *words = question.split()
+    if task == "number":
+        return str(int(value + "".join(words[1::2])) % 97)
     for move in words[1::2]:
-        value = str(add_or_multiply(int(value), move)) if task == "start" else "".join(change_places([*value], move))
-    return value
-
-
-def add_or_multiply(value, move):
-    amount = int(move[1:])
-    return (value + amount if move[0] == "+" else value * amount) % 97
-
-
-def change_places(row, move):
-    """s24: the cups at places 2 and 4 swap. left, right: all move on, round the end. turn: those at 2 to 4 do, to the
-    left. flip: from the other side."""
-    if move[0] == "s":
-        i, j = int(move[1]) - 1, int(move[2]) - 1
-        row[i], row[j] = row[j], row[i]
-        return row
-    return {"left": row[1:] + row[:1], "right": row[-1:] + row[:-1], "flip": row[::-1],
-            "turn": [row[0], row[2], row[3], row[1], row[4]]}[move]
+        amount = int(move[1:])
+        value = (int(value) + amount if move[0] == "+" else int(value) * amount) % 97
+    return str(value)
 
 
 @both_tasks
@@ -95,17 +82,6 @@ def test_every_expert_is_right_and_jumps_at_every_step(name):
         assert len(steps) == 6 and all(len(step.split()) == 6 for step in steps) and last == f"#### {value}"
 
 
-def test_the_moves_of_the_cups_are_permutations_that_generate_all_others(tasks):
-    """From any order every one of the 120 can be reached, and no two moves are the same."""
-    cups = tasks["cups"]
-    assert len({cups.apply(12345, move) for move in cups.MOVES}) == len(cups.MOVES) == 12
-    reached, new = {12345}, {12345}
-    while new:
-        new = {cups.apply(value, move) for value in new for move in cups.MOVES} - reached
-        reached |= new
-    assert reached == set(cups.VALUES) and len(reached) == 120
-
-
 @both_tasks
 def test_train_and_heldout_share_no_question(name):
     """512 + 200 different problems."""
@@ -133,7 +109,7 @@ def test_single_steps_are_right_at_least_95_percent_of_the_time(make, tasks, bas
 
 @both_tasks
 def test_the_base_model_solves_the_task_neither_greedily_nor_by_sampling(bases, name):
-    """At most 5 of 200 greedy and 10 of 400 sampled answers are right: a lucky guess is right 1 time in 97 (120)."""
+    """At most 5 of 200 greedy and 10 of 400 sampled answers are right: a lucky guess is right 1 time in 97."""
     model, tokenizer = bases[name]
     problems = load_problems(EXAMPLES / name / "heldout.jsonl", tokenizer)
     prompts = [problem.prompt_ids for problem in problems]
