@@ -397,15 +397,20 @@ def batch_loss(config, batch, logprobs_BT, supervised):
     """This micro-batch's share of the loss: SFT's negative log-likelihood, or GRPO's objective with its KL term."""
     if supervised:
         return -(logprobs_BT * batch.loss_mask_BT / batch.denominator).sum()
-    shaped_B1 = batch.expert_B1 * float(config.expert_shaping > 0)
-    loss = grpo_loss(logprobs_BT, batch.old_logprobs_BT, batch.advantages_B, batch.loss_mask_BT * (1 - shaped_B1),
+    mask_BT = ratio_mask(config, batch)
+    loss = grpo_loss(logprobs_BT, batch.old_logprobs_BT, batch.advantages_B, mask_BT,
                      config.clip_low, config.clip_high, batch.denominator)
     if config.expert_shaping:
-        loss = loss + luffy_loss(logprobs_BT, batch.advantages_B, batch.loss_mask_BT * shaped_B1,
+        loss = loss + luffy_loss(logprobs_BT, batch.advantages_B, batch.loss_mask_BT - mask_BT,
                                  config.expert_shaping, batch.denominator)
     if batch.reference_BT is None:
         return loss
     return loss + config.kl * k3_divergence(logprobs_BT, batch.reference_BT, batch.loss_mask_BT, batch.denominator)
+
+
+def ratio_mask(config, batch):
+    """(B, T) the loss mask where the clipped ratio counts: everywhere, but for an expert's trace that LUFFY shapes."""
+    return batch.loss_mask_BT * (1 - batch.expert_B1) if config.expert_shaping else batch.loss_mask_BT
 
 
 def num_clipped(config, batch, logprobs_BT):
@@ -413,7 +418,7 @@ def num_clipped(config, batch, logprobs_BT):
     ratio_BT, advantages_B1 = (logprobs_BT - batch.old_logprobs_BT).exp(), batch.advantages_B.unsqueeze(1)
     clipped_BT = torch.where(advantages_B1 > 0, ratio_BT > 1 + config.clip_high,
                              (ratio_BT < 1 - config.clip_low) & (advantages_B1 < 0))
-    return (clipped_BT & (batch.loss_mask_BT > 0)).sum().item()
+    return (clipped_BT & (ratio_mask(config, batch) > 0)).sum().item()
 
 
 # ---------------------------------------------------------------- the run: its state and what it leaves behind

@@ -1334,6 +1334,20 @@ def test_a_resumed_run_equals_an_unbroken_one(example, tmp_path, monkeypatch, pa
     assert found["metrics"] == unbroken["metrics"] and found["samples"] == unbroken["samples"]
 
 
+def test_adabacks_memory_survives_a_resume(example, tmp_path):
+    """Two epochs of two steps, every group behind its problem's own interval: broken after the first, they give the
+    samples and metrics of an unbroken run, in which the second epoch's cuts depend on the first one's outcomes."""
+    def command(name, steps, *more):
+        return flags(example, tmp_path / name, "--anchor", "adaback", "--anchor-when", "always", "--eval-data", "",
+                     "--problems-per-step", "6", "--max-new-tokens", "70", "--steps", steps, *more)
+    assert call(command("whole", "4")) == 0
+    assert call(command("broken", "2")) == 0
+    assert call(command("broken", "4", "--resume")) == 0
+    whole, broken = ([{key: value for key, value in row.items() if not key.startswith("seconds")}
+                      for row in read_lines(tmp_path / name / "metrics.jsonl")] for name in ("whole", "broken"))
+    assert whole == broken and len({row["anchor/shown"] for row in whole}) > 2
+
+
 def test_a_signal_that_comes_while_processes_agree_is_not_lost(new_run):
     """All of them have said that there was none, so this step is not the last for anyone; the next one is."""
     run = new_run(steps=9)
