@@ -242,7 +242,7 @@ def test_two_processes_do_what_one_does(whole, shared):
     folder, out = shared
     assert_same_run(folder, whole)
     assert out.count("step 4/4") == 1 and out.count("method   bread") == 1
-    assert sum(row["anchor/accepted"] for row in read_lines(whole / "metrics.jsonl")) >= 2
+    assert sum(row.get("anchor/accepted", 0) for row in read_lines(whole / "metrics.jsonl")) >= 2
     start = load_file(CHAIN / "model" / "model.safetensors")
     final = load_file(whole / "checkpoint-4" / "model.safetensors")
     moved = max((final[name].float() - start[name].float()).abs().max().item() for name in start)
@@ -289,7 +289,7 @@ def test_an_interrupt_of_one_process_ends_all_after_the_step_with_everything_sav
     the one that does, which torchrun would otherwise tell to end, and kill half a minute later. The run resumes."""
     folder, notes = broken(flags, tmp_path, signal.SIGINT, step=3)
     assert notes == dict.fromkeys("01", "130 checkpoint-2 checkpoint-3")
-    assert [row["step"] for row in read_lines(folder / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in read_lines(folder / "metrics.jsonl")] == [0, 1, 2, 3]
     assert alone(*flags(folder, "--resume")) == 0
     assert_same_run(folder, whole)
 
@@ -311,7 +311,7 @@ def test_three_processes_with_two_problems_do_what_one_does(flags, tmp_path, opt
     code, _, err = torchrun(3, ROOT / "bread.py", *flags(tmp_path / "three", *more))
     assert code == 0, err
     assert_same_run(tmp_path / "three", tmp_path / "one")
-    assert all(row["grad_norm"] > 0 for row in read_lines(tmp_path / "one" / "metrics.jsonl"))
+    assert all(row["grad_norm"] > 0 for row in read_lines(tmp_path / "one" / "metrics.jsonl") if row["step"])
 
 
 @pytest.mark.slow
