@@ -29,15 +29,15 @@ STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "axe
          "axes.axisbelow": True, "legend.frameon": False, "savefig.dpi": 150, "figure.constrained_layout.use": True}
 
 
-def band(axes, curves, color):
-    """Median line and min-to-max band over seeds of [(xs, ys), ...], each interpolated between its points. A seed
-    that ends early keeps its last value, as its final accuracy would."""
+def median_and_seeds(axes, curves, color):
+    """Every seed of [(xs, ys), ...] as a thin line, their median as a thick one, interpolated between points. A seed
+    that ends early keeps its last value, as its accuracy would. Returns where the median ends."""
     import numpy as np
     grid = np.unique(np.concatenate([xs for xs, _ in curves]))
-    values = np.array([np.interp(grid, xs, ys) for xs, ys in curves])
-    middle = np.median(values, 0)
-    axes.fill_between(grid, values.min(0), values.max(0), color=color, alpha=0.18, linewidth=0)
-    axes.plot(grid, middle, color=color, linewidth=1.6, solid_capstyle="round")
+    for xs, ys in curves:
+        axes.plot(xs, ys, color=color, linewidth=0.6, alpha=0.45)
+    middle = np.median([np.interp(grid, xs, ys) for xs, ys in curves], 0)
+    axes.plot(grid, middle, color=color, linewidth=1.8, solid_capstyle="round")
     return middle[-1]
 
 
@@ -69,7 +69,7 @@ def accuracy(plt, results):
                        [row["eval/accuracy"] for row in r["evaluations"]])
                       for r in select(results, task, length, method)]
             if curves:
-                ends.append((band(axis, curves, COLORS[method]), LABELS[method], COLORS[method]))
+                ends.append((median_and_seeds(axis, curves, COLORS[method]), LABELS[method], COLORS[method]))
         sft = select(results, task, length, "sft")
         if sft:  # it samples nothing, so it is a level and not a curve
             level = statistics.median(map(final, sft))
@@ -124,15 +124,14 @@ def curriculum(plt, results):
             runs = select(results, task, length, method)
             if runs:
                 share = [[1 - value for value in r["series"]["frac_reward_zero_std"][:steps]] for r in runs]
-                end = band(axes[1][column], [(range(1, len(ys) + 1), ys) for ys in share], COLORS[method])
+                end = median_and_seeds(axes[1][column], [(range(1, len(ys) + 1), ys) for ys in share], COLORS[method])
                 ends.append((end, LABELS[method], COLORS[method]))
-        anchors = [[(step, y) for step, y in enumerate(r["series"]["anchor/fraction"], 1) if y is not None]
-                   for r in select(results, task, length, "bread")]
-        band(axes[0][column], [tuple(zip(*points)) for points in anchors], COLORS["bread"])
+        anchors = [[y or 0.0 for y in r["series"]["anchor/fraction"]] for r in select(results, task, length, "bread")]
+        median_and_seeds(axes[0][column], [(range(1, len(ys) + 1), ys) for ys in anchors], COLORS["bread"])
         axes[1][column].set_xlabel("step")
         axes[0][column].set_ylim(0, 1)
         axes[1][column].set_ylim(-0.02, 1.02)
-    for row, text in zip(axes, ("accepted anchor,\nshare of the trace", "groups with\na gradient")):
+    for row, text in zip(axes, ("accepted anchor, share of\nthe trace (0: none needed)", "groups with\na gradient")):
         row[0].set_ylabel(text)
         row[0].yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
     labels_at_right(axes[1][-1], ends, gap=0.1)
