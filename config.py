@@ -100,7 +100,6 @@ class Config:
         if self.method == "sft" and self.kl:
             raise ValueError("--kl is a term of GRPO's loss; leave it out with --method sft")
 
-
     @property
     def tries_unaided(self):
         """Whether every problem is first tried without an anchor, as BREAD and GRPO do."""

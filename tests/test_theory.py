@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from anchors import anchor_search
+from conftest import drive
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "theory.py"
 
@@ -70,17 +71,6 @@ def cost_by_enumeration(theory, length, jump):
             stay[row, frontiers.index(known)] += weight
             cost[row] += weight * theory.G * (1 + len(probes))
     return np.linalg.solve(np.eye(len(frontiers)) - stay, cost)[-1]
-
-
-def drive(search, hits):
-    """(accepted cut, cuts probed) of a search of bread.py, given which cuts succeed."""
-    probes, answer = [], None
-    while True:
-        try:
-            probes.append(search.send(answer))
-        except StopIteration as done:
-            return done.value, probes
-        answer = hits[probes[-1]]
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4])
