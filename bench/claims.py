@@ -26,8 +26,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 0.8                             # held-out sampled accuracy whose price in tokens is compared
-TASKS = {"chain": 12, "division": 12}        # and the length L of the problems in examples/TASK
-LENGTHS = (16, 10, 9, 8, 6, 4, 2)        # of chain, beside 12. Long runs first: the last ones fill both processes
+TASKS = {"chain": 12, "walk": 12}        # and the length L of the problems in examples/TASK
+LENGTHS = {"chain": (16, 10, 9, 8, 6, 4, 2), "walk": (10, 9, 8, 6)}  # others. Long runs first: short ones fill the gaps
+TOKENS = {"chain": 5, "walk": 6}         # of a line of one move
 ENDLESS = "--steps 100000"               # more than any budget lasts
 SFT_STEPS = 300                          # 19 passes over the 512 traces, 32 a step
 
@@ -108,7 +109,7 @@ def matrix(quick=False):
         return [Run("chain", TASKS["chain"], *row[:4], 0) for row in HEADLINE]
     rows = [(task, length, row, 5) for task, length in TASKS.items() for row in HEADLINE]
     rows += [("chain", TASKS["chain"], row, 3) for row in CONTROLS]
-    rows += [("chain", length, row, 3) for length in LENGTHS for row in by_length(length)]
+    rows += [(task, length, row, 3) for task in LENGTHS for length in LENGTHS[task] for row in by_length(length)]
     return [Run(task, length, *row[:4], seed) for task, length, row, seeds in rows for seed in range(seeds)]
 
 
@@ -124,7 +125,7 @@ def flags_of(run, output, budget="N"):
              "--eval-data", f"{data}/heldout.jsonl", *run.flags.split(), "--seed", str(run.seed),
              "--eval-every", str(run.every), "--output", f"{output}/runs/{run.name}", "--overwrite"]
     if own_data:
-        flags += ["--max-new-tokens", str(5 * run.length + 12)]  # five tokens an operation, then the answer
+        flags += ["--max-new-tokens", str(TOKENS[run.task] * run.length + 12)]  # the answer is shorter than 12
     return flags + ([*ENDLESS.split(), "--token-budget", str(budget)] if run.budget else [])
 
 
@@ -331,10 +332,10 @@ def tokens_to(result, target=TARGET, key="tokens/sampled"):
     return math.inf
 
 
-def medians_by_length(results, method, key="tokens/sampled"):
-    """{L: median of the tokens (or steps) to 80% over seeds} of chain; infinite where most seeds never arrive."""
-    lengths = sorted({r["length"] for r in results if (r["task"], r["method"]) == ("chain", method)})
-    return {length: statistics.median(tokens_to(r, key=key) for r in select(results, "chain", length, method))
+def medians_by_length(results, task, method, key="tokens/sampled"):
+    """{L: median of the tokens (or steps) to 80% over seeds}; infinite where most seeds never arrive."""
+    lengths = sorted({r["length"] for r in results if (r["task"], r["method"]) == (task, method)})
+    return {length: statistics.median(tokens_to(r, key=key) for r in select(results, task, length, method))
             for length in lengths}
 
 
@@ -400,36 +401,40 @@ def table_label(method):
     return LABELS[method] + (", always" if method.endswith("-always") else "")
 
 
-def length_table(results):
-    """Markdown: tokens to 80% of BREAD and GRPO by L, their ratio, and BREAD's exponent."""
-    bread, grpo = (medians_by_length(results, method) for method in ("bread", "grpo"))
+def length_table(results, task):
+    """Markdown: tokens to 80% of BREAD and GRPO by L, and their ratio."""
+    bread, grpo = (medians_by_length(results, task, method) for method in ("bread", "grpo"))
     lines = [f"| L | base, sampled | after SFT | BREAD, tokens to {TARGET:.0%} | in steps "
              f"| GRPO, tokens to {TARGET:.0%} | its budget | GRPO / BREAD |", "|---" * 8 + "|"]
     for length in bread:
-        ours, theirs = (select(results, "chain", length, method) for method in ("bread", "grpo"))
-        after = select(results, "chain", length, "sft")
+        ours, theirs = (select(results, task, length, method) for method in ("bread", "grpo"))
+        after = select(results, task, length, "sft")
         cells = [spread(map(first, ours), percent), spread(map(final, after), percent),
                  spread(map(tokens_to, ours), count), spread([tokens_to(r, key="step") for r in ours], count),
                  spread(map(tokens_to, theirs), count), spread([r["tokens/sampled"] for r in theirs], count),
-                 ratio_text(results, bread, grpo, length)]
+                 ratio_text(results, task, length)]
         lines.append(f"| {length} | " + " | ".join(cells) + " |")
-    slopes = [power(exponent(medians)) for medians in (bread, medians_by_length(results, "bread", "step"))]
-    lines += ["", f"BREAD to {TARGET:.0%} over L = 4 to 16, least squares on medians: tokens {slopes[0]}, "
-                  f"steps {slopes[1]}."]
     return "\n".join(lines)
+
+
+def growth_text(results):
+    slopes = [power(exponent(medians_by_length(results, "chain", "bread", key))) for key in ("tokens/sampled", "step")]
+    return (f"BREAD on chain to {TARGET:.0%} over L = 4 to 16, least squares on medians: tokens {slopes[0]}, "
+            f"steps {slopes[1]}.")
 
 
 def power(slope):
     return "-" if slope is None else "a length never arrives" if slope == math.inf else f"L^{slope:.2f}"
 
 
-def ratio_text(results, bread, grpo, length):
+def ratio_text(results, task, length):
     """How many times BREAD's tokens GRPO needs; where it never arrives, at least its budget over BREAD's tokens."""
+    bread, grpo = (medians_by_length(results, task, method) for method in ("bread", "grpo"))
     if length not in grpo or bread[length] in (0, math.inf):
         return "-"
     if grpo[length] < math.inf:
         return f"{grpo[length] / bread[length]:.2f}"
-    budget = statistics.median(r["tokens/sampled"] for r in select(results, "chain", length, "grpo"))
+    budget = statistics.median(r["tokens/sampled"] for r in select(results, task, length, "grpo"))
     return f"> {budget / bread[length]:.2f}"
 
 
@@ -439,8 +444,8 @@ def ratio_text(results, bread, grpo, length):
 def verdicts(results):
     """[(claim, True, False or None where runs are missing, its numbers)], in the order of the issue's "To reach"."""
     found = [unsolvable(results, task) for task in TASKS]
-    found += [cheaper(results), spoiled(results), *(few_traces(results, task) for task in TASKS), growth(results),
-              search_first(results)]
+    found += [cheaper(results, task) for task in TASKS] + [spoiled(results)]
+    found += [few_traces(results, task) for task in TASKS] + [growth(results), search_first(results)]
     return found + [duration(results, matrix(), 3 * 3600, "The whole matrix takes under 3 hours"),
                     duration(results, matrix(quick=True), 600, "--quick takes under 10 minutes")]
 
@@ -455,13 +460,14 @@ def unsolvable(results, task):
     return claim, medians.pop("bread") >= 0.9 and max(medians.values()) <= 0.05, numbers
 
 
-def cheaper(results):
+def cheaper(results, task):
     """At the longest L at which GRPO arrives too. Where it hardly has anything to search for, BREAD cannot gain."""
-    bread, grpo = (medians_by_length(results, method) for method in ("bread", "grpo"))
-    claim = f"Where GRPO works too, BREAD needs at least 3x fewer sampled tokens to {TARGET:.0%} (longest such L)"
-    numbers = ", ".join(f"L = {length}: {ratio_text(results, bread, grpo, length)}" for length in bread)
+    bread, grpo = (medians_by_length(results, task, method) for method in ("bread", "grpo"))
+    claim = (f"{task}: where GRPO works too, BREAD needs at least 3x fewer sampled tokens to {TARGET:.0%} "
+             "(longest such L)")
+    numbers = ", ".join(f"L = {length}: {ratio_text(results, task, length)}" for length in bread)
     both = [length for length in bread if max(bread[length], grpo.get(length, math.inf)) < math.inf and bread[length]]
-    if not (has_all_lengths(bread) and has_all_lengths(grpo)):
+    if not (has_all_lengths(task, bread) and has_all_lengths(task, grpo)):
         return claim, None, numbers
     if not both:
         return claim, False, f"there is no such L. {numbers}"
@@ -485,14 +491,14 @@ def few_traces(results, task):
 
 
 def growth(results):
-    bread = medians_by_length(results, "bread")
+    bread = medians_by_length(results, "chain", "bread")
     slope = exponent(bread)
-    claim = f"BREAD's tokens to {TARGET:.0%} grow at most like L^1.5 over L = 4 to 16"
-    return claim, slope <= 1.5 if has_all_lengths(bread) else None, power(slope)
+    claim = f"chain: BREAD's tokens to {TARGET:.0%} grow at most like L^1.5 over L = 4 to 16"
+    return claim, slope <= 1.5 if has_all_lengths("chain", bread) else None, power(slope)
 
 
-def has_all_lengths(medians):
-    return medians.keys() >= {*LENGTHS, TASKS["chain"]}
+def has_all_lengths(task, medians):
+    return medians.keys() >= {*LENGTHS[task], TASKS[task]}
 
 
 def search_first(results):
@@ -533,9 +539,10 @@ def tables(results):
         f"{key} {value}" for key, value in made.items()) + "."
     headline = [f"{task}, L = {length}:\n\n" + method_table(results, task, [method for method, *_ in HEADLINE])
                 for task, length in TASKS.items()]
+    lengths = [f"{task}:\n\n" + length_table(results, task) for task in LENGTHS] + [growth_text(results)]
     controls = ["bread", "grpo"] + [method for method, *_ in CONTROLS]
     return {"claims": "\n".join(["| claim | | numbers |\n|---|---|---|", *claims, "", source]),
-            "headline": "\n\n".join(headline), "lengths": length_table(results),
+            "headline": "\n\n".join(headline), "lengths": "\n\n".join(lengths),
             "controls": method_table(results, "chain", controls)}
 
 

@@ -15,7 +15,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from claims import (CONTROLS, LABELS, TARGET, TASKS, exponent, final, medians_by_length, read_results, select,
+from claims import (CONTROLS, LABELS, LENGTHS, TARGET, TASKS, exponent, final,
+                    medians_by_length, read_results, select,
                     tokens_to)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,14 +85,12 @@ def accuracy(plt, results):
 
 
 def lengths(plt, results):
-    figure, axis = plt.subplots(figsize=(4.6, 3.2))
-    slope = exponent(medians_by_length(results, "bread"))
-    fits = slope is not None and slope < math.inf
-    names = {"grpo": LABELS["grpo"], "bread": LABELS["bread"] + (f" ~ $L^{{{slope:.2f}}}$" if fits else "")}
-    for method, name in names.items():
-        color, runs = COLORS[method], [r for r in results if (r["task"], r["method"]) == ("chain", method)]
-        for r in runs:
-            x = r["length"] * (1 + 0.015 * (r["seed"] - 1))  # seeds beside each other
+    tasks = [task for task in LENGTHS if any(r["task"] == task and r["length"] != TASKS[task] for r in results)]
+    figure, axes = plt.subplots(1, len(tasks), figsize=(1.2 + 3.1 * len(tasks), 3.2), squeeze=False, sharey=True)
+    for axis, task in zip(axes[0], tasks):
+        ours = [r for r in results if r["task"] == task and r["method"] in ("bread", "grpo")]
+        for r in ours:
+            color, x = COLORS[r["method"]], r["length"] * (1 + 0.01 * (r["seed"] - 1))  # seeds beside each other
             if tokens_to(r) < math.inf:
                 axis.plot(x, tokens_to(r), "o", color=color, markersize=3.5, alpha=0.6, markeredgewidth=0)
             else:
@@ -99,20 +98,24 @@ def lengths(plt, results):
                               arrowprops={"arrowstyle": "-|>,head_width=0.1,head_length=0.2", "color": color,
                                           "linewidth": 0.6, "shrinkA": 2, "shrinkB": 0})
                 axis.plot(x, r["tokens/sampled"] * 1.45, alpha=0)  # the axis has to reach the arrow
-                axis.plot(x, r["tokens/sampled"], "o", markerfacecolor="white", markeredgecolor=color, markersize=3.5,
-                          markeredgewidth=0.8)
-        line = [(n, y) for n, y in medians_by_length(results, method).items() if 0 < y < math.inf]
-        if line:
-            axis.plot(*zip(*line), color=color, linewidth=1.6)
-            axis.annotate(name, line[-1], xytext=(-7, 3) if method == "grpo" else (8, 0), color=color, va="center",
-                          ha="right" if method == "grpo" else "left", textcoords="offset points",
-                          annotation_clip=False)
-    ticks = sorted({r["length"] for r in results if r["task"] == "chain"})
-    axis.set(xscale="log", yscale="log", xlabel="operations per problem, L",
-             ylabel=f"sampled tokens to {TARGET:.0%} held out")
-    axis.set_xticks(ticks, map(str, ticks))
-    axis.minorticks_off()
-    axis.set_title("open marker: never arrived within this budget", fontsize=8, color=INK)
+                axis.plot(x, r["tokens/sampled"], "o", markerfacecolor="white", markeredgecolor=color,
+                          markersize=3.5, markeredgewidth=0.8)
+        slope = exponent(medians_by_length(results, task, "bread"))
+        fits = slope is not None and slope < math.inf
+        names = {"grpo": LABELS["grpo"], "bread": LABELS["bread"] + (f" ~ $L^{{{slope:.2f}}}$" if fits else "")}
+        for method, name in names.items():
+            line = [(n, y) for n, y in medians_by_length(results, task, method).items() if 0 < y < math.inf]
+            if line:
+                left = method == "grpo"
+                axis.plot(*zip(*line), color=COLORS[method], linewidth=1.6)
+                axis.annotate(name, line[-1], xytext=(-7, 3) if left else (8, 0), color=COLORS[method], va="center",
+                              ha="right" if left else "left", textcoords="offset points", annotation_clip=False)
+        ticks = sorted({r["length"] for r in ours})
+        axis.set(xscale="log", yscale="log", xlabel="moves per problem, L", title=task)
+        axis.set_xticks(ticks, map(str, ticks))
+        axis.minorticks_off()
+    axes[0][0].set_ylabel(f"sampled tokens to {TARGET:.0%} held out")
+    figure.suptitle("open marker: never arrived within this budget", fontsize=8, color=INK)
     return figure
 
 

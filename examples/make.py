@@ -1,25 +1,26 @@
 """The two examples, each made from a seed: a tiny tokenizer, a base model, expert traces, held-out problems.
 
-    python examples/make.py chain       # rewrites examples/chain/{model,train.jsonl,heldout.jsonl}; 30 min on one core
-    python examples/make.py division    # rewrites examples/division/ likewise, from the chain's base; 7 min
+    python examples/make.py chain    # rewrites examples/chain/{model,train.jsonl,heldout.jsonl}; 30 min on one core
+    python examples/make.py walk     # rewrites examples/walk/ likewise; 12 min on two cores
 
-A problem is a start value and L labelled moves; the answer is the value after the last. A trace names the next move and
-then the value it leads to; a writer may JUMP: name two moves and only then the value.
+A problem is a start and L labelled moves; the answer is where the last one leads. A trace names the next move and then
+the value it leads to; a writer may JUMP: name two moves and only then the value.
 
-    chain       arithmetic modulo 97: six additions, six products.
-                question   start 26 a +5 b x3 c x7 d +1
-                expert     a +5 b x3 = 93 / c x7 d +1 = 70 / #### 70     (always jumps: 97 x 144 facts)
-                base       a +5 = 31 / b x3 c x7 = 12 / ...              (prefers to jump, but its jumps are guesses)
-    division    long division of a number by 97 (as in the check of an IBAN), digit by digit: the remainder so far.
-                question   number 26 a 5 b 3 c 0 d 8
-                expert     a 5 b 3 = 34 / c 0 d 8 = 13 / #### 13         (brings down two digits: 97 x 100 facts)
-                base       a 5 = 71 / b 3 c 0 = 44 / ...
+    chain    arithmetic modulo 97: six additions, six products. What a move does has to be known.
+             question   start 26 a +5 b x3 c x7 d +1
+             expert     a +5 b x3 = 93 / c x7 d +1 = 70 / #### 70     (always jumps: 97 x 144 facts)
+             base       a +5 = 31 / b x3 c x7 = 12 / ...              (prefers to jump, but its jumps are guesses)
+    walk     two walkers, each on a ring of its own. Where an edge leads is in the question, in random order.
+             question   edges 31> 12 12> 26 26> 31 Q> B B> X X> Q from 12 X a b c d
+             expert     a b 12> 31 X> B / c d 31> 26 B> Q #### 26 Q   (always jumps: names every other node)
+             base       a 12> 26 X> Q / b c 26> 17 Q> K / ...         (prefers to jump, but its jumps are guesses)
 
 Both base models have both failures that BREAD is about. They cannot express the expert's jumps, so imitating 512 traces
 teaches nothing; and their own traces almost never avoid every jump, so groups fail and GRPO has no gradient. What they
 can do is take single steps, once somebody has brought them close enough to the end for luck to be likely.
 """
 import argparse
+import itertools
 import json
 import math
 import random
@@ -40,75 +41,120 @@ CHAT_TEMPLATE = "{{ messages[0]['content'] + '\\n' }}"  # a newline at the end o
 JUMP_SHARE = 0.6      # how often the base jumps wherever it can; every jump ends in a random value
 HABITS = (0.0, 0.0, 0.3, 0.6, 1.0)   # share of jumps in what it has written so far, one per problem of its corpus
 STEP_SKILL = 0.99     # share of its single steps that are right, until the last tenth of the corpus, which has no slips
-NOT_LEARNED, ANY_VALUE = -1, -2      # in place of a token id, see corpus_batch
+NOT_LEARNED, ANY_PART = -1, -2       # in place of a token id, see corpus_batch
+LABELS = "abcdefghijklmnopqrstuvwxyz"
 
 
-class Problem:
-    """A start value and labelled moves. Tasks say what the VALUES and MOVES are and what one does to the other."""
-    LABELS = "abcdefghijklmnopqrstuvwxyz"
+class Chain:
+    """Arithmetic modulo 97. The base's corpus holds up to 12 operations first, then up to 16: see docs/TRIED.md."""
+    VALUES = range(97)
+    PARTS, PLACES = [VALUES], (-1,)      # the words of a value, and where they stand in a line
+    BEFORE_ANSWER = "\n"
+    MOVES = ["+1", "+2", "+3", "+5", "+7", "+11", "x2", "x3", "x5", "x6", "x7", "x10"]
+    SIZES, LOOKUPS, STAGES = (None,), 0, ((12, 2800), (16, 1600))
 
-    def __init__(self, rng, length):
+    def __init__(self, rng, length, size=None):
         self.start, self.moves = rng.choice(self.VALUES), [rng.choice(self.MOVES) for _ in range(length)]
+        self.length = length
 
     @classmethod
     def words(cls):
         """Everything that is to be one token."""
-        return [f" {word}" for word in (*cls.VALUES, *cls.MOVES, *cls.LABELS, "=")] + [cls.OPENING, "####"]
+        return [f" {word}" for word in (*cls.VALUES, *cls.MOVES, *LABELS, "=")] + ["start", "####"]
 
     def question(self):
-        return f"{self.OPENING} {self.start} {self.named(0, len(self.moves))}"
+        return f"start {self.start} {self.named(0, self.length)}"
 
     def named(self, i, span):
-        """What the line of moves i .. i + span - 1 holds before " = ": named(0, 2) == "a +5 b x3"."""
-        return " ".join(f"{self.LABELS[j]} {self.moves[j]}" for j in range(i, i + span))
+        """named(0, 2) == "a +5 b x3"."""
+        return " ".join(f"{LABELS[j]} {self.moves[j]}" for j in range(i, i + span))
+
+    def line(self, i, span, before, after):
+        """The line of moves i .. i + span - 1, which lead from one value to another."""
+        return f"{self.named(i, span)} = {after}"
+
+    def next(self, value, i):
+        """Where move i leads from `value`: 26 and "x7" to 85."""
+        amount = int(self.moves[i][1:])
+        return (value + amount if self.moves[i][0] == "+" else value * amount) % 97
+
+    def guess(self, rng):
+        """A value for the corpus to go on from."""
+        return rng.choice(self.VALUES)
 
 
-class Chain(Problem):
-    """Arithmetic modulo 97. The base's corpus holds up to 12 operations first, then up to 16: see docs/TRIED.md."""
-    OPENING, VALUES = "start", range(97)
-    MOVES = ["+1", "+2", "+3", "+5", "+7", "+11", "x2", "x3", "x5", "x6", "x7", "x10"]
-    STARTS_FROM, STAGES = None, ((12, 2800), (16, 1600))
+class Walk:
+    """Two walkers, each on a ring of its own: numbers and letters. The corpus has rings of all SIZES, data the largest.
 
-    @staticmethod
-    def apply(value, move):
-        """apply(26, "x7") == 85."""
-        amount = int(move[1:])
-        return (value + amount if move[0] == "+" else value * amount) % 97
+    A lookup forms late or not at all (docs/TRIED.md), so the base starts with steps of LOOKUPS and nothing else.
+    """
+    PARTS, PLACES = [range(10, 36), "ABCDEFGHIJKLMNOPQRSTUVWXYZ"], (-3, -1)
+    BEFORE_ANSWER = " "     # in the last line, which names its words, so that no anchor ends between the two
+    VALUES = [f"{number} {letter}" for number in range(10, 36) for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+    SIZES, LOOKUPS, STAGES = (2, 4, 8, 16), 400, ((12, 1000),)
 
+    def __init__(self, rng, length, size=SIZES[-1]):
+        self.length, self.edges, starts = length, {}, []
+        for part in self.PARTS:
+            ring = [str(node) for node in rng.sample(part, size)]
+            edges = list(zip(ring, ring[1:] + ring[:1]))
+            self.edges |= rng.sample(edges, size)
+            starts.append(ring[0])
+        self.start = " ".join(starts)
 
-class Division(Problem):
-    """Long division by 97: the remainder so far, and the next digit brought down."""
-    OPENING, VALUES = "number", range(97)
-    MOVES = [*"0123456789"]
-    STARTS_FROM, STAGES = "chain", ((12, 1000), (12, 1200))
+    @classmethod
+    def words(cls):
+        """Everything that is to be one token."""
+        return [f" {word}" for part in cls.PARTS for node in part for word in (node, f"{node}>")] + [
+            *(f" {label}" for label in LABELS), "edges", " from", "####"]
 
-    @staticmethod
-    def apply(value, move):
-        """apply(26, "5") == 71, the remainder of 265."""
-        return (10 * value + int(move)) % 97
+    def question(self):
+        edges = " ".join(f"{node}> {successor}" for node, successor in self.edges.items())
+        return f"edges {edges} from {self.start} {' '.join(LABELS[:self.length])}"
+
+    def line(self, i, span, before, after):
+        hops = [f"{node}> {reached}" for node, reached in zip(before.split(), after.split())]
+        return " ".join([*LABELS[i:i + span], *hops])
+
+    def next(self, value, i):
+        """Where the walkers come to; None if one of them is lost, at a node that its ring does not have."""
+        nodes = [self.edges.get(node) for node in value.split()]
+        return None if None in nodes else " ".join(nodes)
+
+    def anywhere(self, rng):
+        """A node of either ring."""
+        nodes = list(self.edges)
+        return f"{rng.choice(nodes[:len(nodes) // 2])} {rng.choice(nodes[len(nodes) // 2:])}"
+
+    def guess(self, rng):
+        """In the corpus half of the guesses are nodes that there are, so that its histories do not all end lost."""
+        return self.anywhere(rng) if rng.random() < 0.5 else rng.choice(self.VALUES)
 
 
 def trace_lines(problem, jumps, rng=None, skill=1.0):
-    """Lines of a trace as (first move, text before the value, value, was it guessed?).
+    """Lines of a trace as (first move, value before, value after, text, was the value guessed?).
 
     jumps(i) decides whether to jump over move i + 1, where there is one. With `rng` jumps end in guesses and single
     steps are right with probability `skill` (the base's corpus); without, all values are right (the expert).
     """
     lines, value, i = [], problem.start, 0
-    while i < len(problem.moves):
-        span = 2 if i + 1 < len(problem.moves) and jumps(i) else 1
-        for move in problem.moves[i:i + span]:
-            value = problem.apply(value, move)
-        is_guess = rng is not None and span == 2
+    while i < problem.length:
+        span = 2 if i + 1 < problem.length and jumps(i) else 1
+        before = value
+        if rng is None or span == 1:
+            for j in range(i, i + span):
+                value = problem.next(value, j)
+        is_guess = rng is not None and (span == 2 or value is None)
         if is_guess or (rng and rng.random() > skill):
-            value = rng.choice(problem.VALUES)
-        lines.append((i, f"{problem.named(i, span)} =", value, is_guess))
+            value = problem.guess(rng)
         i += span
+        end = "\n" if i < problem.length else problem.BEFORE_ANSWER
+        lines.append((i - span, before, value, problem.line(i - span, span, before, value) + end, is_guess))
     return lines
 
 
 def write_trace(lines):
-    return "".join(f"{named} {value}\n" for _, named, value, _ in lines) + f"#### {lines[-1][2]}"
+    return "".join(text for *_, text, _ in lines) + f"#### {lines[-1][2]}"
 
 
 def make_tokenizer(words):
@@ -140,25 +186,42 @@ def word_id(tokenizer, word):
     return tokenizer.token_to_id(word.replace(" ", "Ġ"))
 
 
+def lookup_batch(rng, tokenizer, task, rows, count=32):
+    """As corpus_batch, but the lines are steps from anywhere, without labels; only where they lead is learned."""
+    tokens, wanted, size = [], [], rng.choice(task.SIZES)
+    for _ in range(rows):
+        problem = task(rng, 1, size)
+        places = [problem.anywhere(rng) for _ in range(count)]
+        question = tokenizer.encode(problem.question() + "\n").ids
+        lines = [tokenizer.encode(f" {problem.line(0, 0, place, problem.next(place, 0))}\n").ids for place in places]
+        tokens.append(question + sum(lines, []))
+        wanted.append([NOT_LEARNED] * len(question) + [
+            id if k - len(line) + 1 in task.PLACES else NOT_LEARNED for line in lines for k, id in enumerate(line)])
+    return torch.tensor(tokens), torch.tensor(wanted)[..., None].expand(-1, -1, 2)
+
+
 def corpus_batch(rng, tokenizer, task, rows, max_length, skill):
     """Token ids padded on the right, (rows, T), and what to learn of each, (rows, T, 2): the ids that may stand there,
-    one for a single step and one for a jump. They differ behind a line's first move, where that is decided (an equals
-    sign, or the next label); are the token itself elsewhere in a trace, its stop token included; NOT_LEARNED twice in
-    question and padding; ANY_VALUE twice at a guess."""
-    stop, equals, examples = tokenizer.token_to_id(STOP), word_id(tokenizer, " ="), []
-    length = rng.randint(1, max_length)
+    one for a single step and one for a jump. They differ where a line turns into the one or the other; are the token
+    itself elsewhere in a trace, its stop token included; NOT_LEARNED twice in question and padding; ANY_PART - k twice
+    at token k of a guess."""
+    stop, examples = tokenizer.token_to_id(STOP), []
+    length, size = rng.randint(1, max_length), rng.choice(task.SIZES)
     for _ in range(rows):
-        problem = task(rng, length)
+        problem = task(rng, length, size)
         ids = tokenizer.encode(problem.question() + "\n").ids
         wanted = [(NOT_LEARNED, NOT_LEARNED)] * len(ids)
         habit = rng.choice(HABITS)
-        for i, named, value, is_guess in trace_lines(problem, lambda i: rng.random() < habit, rng, skill):
-            line = tokenizer.encode(f"{named} {value}\n").ids  # no token spans two lines
+        for i, before, value, text, is_guess in trace_lines(problem, lambda i: rng.random() < habit, rng, skill):
+            line = tokenizer.encode(text).ids  # no token spans two lines; the newline is one
             want = [(id, id) for id in line]
             if is_guess:
-                want[-2] = ANY_VALUE, ANY_VALUE
+                for k, place in enumerate(task.PLACES):
+                    want[place - 1] = ANY_PART - k, ANY_PART - k
             if i + 1 < length:
-                want[2] = equals, word_id(tokenizer, f" {problem.LABELS[i + 1]}")
+                step, jump = (tokenizer.encode(problem.line(i, span, before, value)).ids for span in (1, 2))
+                turn = next(k for k, (a, b) in enumerate(zip(step, jump)) if a != b)
+                want[turn] = step[turn], jump[turn]
             ids, wanted = ids + line, wanted + want
         end = tokenizer.encode(f"#### {value}").ids + [stop]
         examples.append((ids + end, wanted + [(id, id) for id in end]))
@@ -167,37 +230,37 @@ def corpus_batch(rng, tokenizer, task, rows, max_length, skill):
             torch.tensor([wanted + [(NOT_LEARNED, NOT_LEARNED)] * (width - len(wanted)) for _, wanted in examples]))
 
 
-def corpus_loss(logprobs_NV, wanted_N2, values):
+def corpus_loss(logprobs_NV, wanted_N2, parts):
     """Cross-entropy, (N,) each. Where the corpus is random its distribution is the target, not a draw from it: a guess
-    is uniform over the values, a jump has probability JUMP_SHARE. Same gradient on average, without the noise that
-    would drown the rest; and what was written before may be of any habit without teaching that habit."""
+    is uniform over the ids of its part, a jump has probability JUMP_SHARE. Same gradient on average, without the noise
+    that would drown the rest; and what was written before may be of any habit without teaching that habit."""
     step_N, jump_N = -logprobs_NV.gather(1, wanted_N2.clamp(min=0)).T
-    guess_N = -logprobs_NV[:, values].mean(1)
-    choice_N = JUMP_SHARE * jump_N + (1 - JUMP_SHARE) * step_N
-    is_choice_N = wanted_N2[:, 0] != wanted_N2[:, 1]
-    return torch.where(wanted_N2[:, 0] == ANY_VALUE, guess_N, torch.where(is_choice_N, choice_N, step_N))
+    loss_N = torch.where(wanted_N2[:, 0] == wanted_N2[:, 1], step_N, JUMP_SHARE * jump_N + (1 - JUMP_SHARE) * step_N)
+    for k, ids in enumerate(parts):
+        loss_N = torch.where(wanted_N2[:, 0] == ANY_PART - k, -logprobs_NV[:, ids].mean(1), loss_N)
+    return loss_N
 
 
-def pretrain(model, tokenizer, task, rng, steps, max_length, peak, skill, rows=128):
-    """Teach the base single steps in every context, and to prefer jumps in every context: AdamW, cosine decay."""
-    values = torch.tensor([word_id(tokenizer, f" {value}") for value in task.VALUES])
+def pretrain(model, tokenizer, task, batch, steps, peak):
+    """Teach the base what `batch` returns, see corpus_batch: AdamW, cosine decay."""
+    parts = [[word_id(tokenizer, f" {word}") for word in part] for part in task.PARTS]
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     began = time.time()
     for step in range(steps):
         lr = peak * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        tokens_BT, wanted_BT2 = corpus_batch(rng, tokenizer, task, rows, max_length, skill)
+        tokens_BT, wanted_BT2 = batch()
         learned_BT = wanted_BT2[:, 1:, 0] != NOT_LEARNED
         wanted_N2 = wanted_BT2[:, 1:][learned_BT]
         logprobs_NV = model.logits(model(tokens_BT[:, :-1])[learned_BT]).log_softmax(-1)
-        loss_N = corpus_loss(logprobs_NV, wanted_N2, values)
+        loss_N = corpus_loss(logprobs_NV, wanted_N2, parts)
         optimizer.zero_grad(set_to_none=True)
         loss_N.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 100 == 0:
-            is_certain_N = (wanted_N2[:, 0] == wanted_N2[:, 1]) & (wanted_N2[:, 0] != ANY_VALUE)
+            is_certain_N = (wanted_N2[:, 0] == wanted_N2[:, 1]) & (wanted_N2[:, 0] >= 0)
             print(f"pretrain {step}/{steps} loss {loss_N.mean().item():.3f}, "
                   f"of what is not random {loss_N[is_certain_N].mean().item():.3f}, {time.time() - began:.0f} s",
                   flush=True)
@@ -210,18 +273,17 @@ def single_step_skill(model, tokenizer, task, rng, length, jumped=0, count=256):
     jumped: over how many steps (an even number) that history jumps first, as an expert's anchor does.
     """
     right = total = 0
-    equals = word_id(tokenizer, " =")
-    for _ in range(count // 64):
-        rows = []
-        for _ in range(64):
-            problem = task(rng, length)
-            lines = trace_lines(problem, lambda i: i < jumped)
-            rows.append(tokenizer.encode(problem.question() + "\n" + write_trace(lines)).ids)
-        tokens_BT = torch.tensor(rows)
-        at_equals = tokens_BT[:, :-1] == equals
-        answers = model.logits(model(tokens_BT[:, :-1])[at_equals]).argmax(-1)
-        is_right = (answers == tokens_BT[:, 1:][at_equals]).view(64, -1)[:, jumped // 2:]
-        right, total = right + is_right.sum().item(), total + is_right.numel()
+    for _ in range(count):
+        problem = task(rng, length, task.SIZES[-1])
+        tokens, answers = tokenizer.encode(problem.question() + "\n").ids, []
+        for i, *_, text, _ in trace_lines(problem, lambda i: i < jumped):
+            tokens += tokenizer.encode(text).ids
+            answers += [len(tokens) - 1 + place for place in task.PLACES] if i >= jumped else []
+        tokens_T = torch.tensor(tokens)
+        guessed_T = model.logits(model(tokens_T[None, :-1])[0]).argmax(-1)
+        is_right = guessed_T[[place - 1 for place in answers]] == tokens_T[answers]
+        is_right = is_right.view(-1, len(task.PARTS)).all(1)
+        right, total = right + is_right.sum().item(), total + len(is_right)
     return right / total
 
 
@@ -229,10 +291,10 @@ def write_problems(path, task, rng, count, length):
     """JSONL of `count` problems with an expert's trace each."""
     with open(path, "w", encoding="utf-8") as file:
         for i in range(count):
-            problem = task(rng, length)
+            problem = task(rng, length, task.SIZES[-1])
             trace = write_trace(trace_lines(problem, lambda i: True))
             row = {"id": f"{path.stem}-{i}", "question": problem.question(), "trace": trace,
-                   "answer": trace.rsplit(" ", 1)[1]}
+                   "answer": trace.rsplit("#### ", 1)[1]}
             file.write(json.dumps(row) + "\n")
 
 
@@ -245,33 +307,23 @@ def make_base(task, rng, seed):
     stop = tokenizer.token_to_id(STOP)
     model = Transformer(config, {"eos_token_id": stop, "bos_token_id": None}).initialize(seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {config.vocab_size}")
-    if task.STARTS_FROM:
-        adopt(model, tokenizer, HERE / task.STARTS_FROM / "model")
+    def corpus(rng, max_length, skill):
+        return lambda: corpus_batch(rng, tokenizer, task, 128, max_length, skill)
+
+    pretrain(model, tokenizer, task, lambda: lookup_batch(rng, tokenizer, task, 32), task.LOOKUPS, 2e-3)
     for number, (max_length, steps) in enumerate(task.STAGES):
         rng = random.Random(f"{seed} stage {number}") if number else rng
-        pretrain(model, tokenizer, task, rng, steps, max_length, 2e-3, STEP_SKILL)
+        pretrain(model, tokenizer, task, corpus(rng, max_length, STEP_SKILL), steps, 2e-3)
         # Slips of 1% cap twelve steps at 0.99^12 = 89% even if nothing jumps, so the base is polished without them.
-        polish = random.Random(f"{seed} polish")
-        pretrain(model, tokenizer, task, polish, steps // 10, max_length, 5e-4, 1.0)
+        pretrain(model, tokenizer, task, corpus(random.Random(f"{seed} polish"), max_length, 1.0), steps // 10, 5e-4)
     for length in (2, max_length // 2, max_length):
         print(f"single steps right at L = {length}: {single_step_skill(model, tokenizer, task, rng, length):.3f}")
     return tokenizer, model
 
 
-@torch.no_grad()
-def adopt(model, tokenizer, folder):
-    """Begin with another base: all of its layers, and its embeddings of the words that both tokenizers have."""
-    other, theirs = Transformer.from_pretrained(folder), Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
-    shared = {id: theirs[word] for word, id in tokenizer.get_vocab().items() if word in theirs}
-    embeddings = model.lm_head.weight.clone()
-    embeddings[list(shared)] = other.lm_head.weight[list(shared.values())]
-    model.load_state_dict({name: embeddings if tensor.shape == embeddings.shape else other.state_dict()[name]
-                           for name, tensor in model.state_dict().items()})
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    tasks = {"chain": Chain, "division": Division}
+    tasks = {"chain": Chain, "walk": Walk}
     parser.add_argument("task", choices=tasks)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--length", type=int, default=12, help="moves per problem of the data that is written")

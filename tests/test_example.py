@@ -14,7 +14,8 @@ from sampler import SamplingParams, generate
 from traces import Tokenizer, load_problems
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-LINES = {"chain": "a +5 b x3 = 93\nl x10 = 7\n#### 7", "division": "a 5 b 0 = 93\nl 9 = 7\n#### 7"}
+LINES = {"chain": "a +5 b x3 = 93\nl x10 = 7\n#### 7", "walk": "a b 12> 31 X> B\nl 26> 17 Q> K #### 17 K"}
+MOST_TOKENS = {"chain": 72, "walk": 84}  # of an answer that takes twelve single steps, and some more
 both_tasks = pytest.mark.parametrize("name", list(LINES))
 
 
@@ -28,7 +29,7 @@ def make():
 
 @pytest.fixture(scope="module")
 def tasks(make):
-    return {"chain": make.Chain, "division": make.Division}
+    return {"chain": make.Chain, "walk": make.Walk}
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +44,18 @@ def rows(name, file):
 
 
 def answer(question):
-    """The final value, read from the question alone, and not step by step where that can be avoided."""
-    task, value, *words = question.split()
-    if task == "number":
-        return str(int(value + "".join(words[1::2])) % 97)
-    for move in words[1::2]:
-        amount = int(move[1:])
-        value = (int(value) + amount if move[0] == "+" else int(value) * amount) % 97
-    return str(value)
+    """Where the last move leads, read from the question alone."""
+    if question.startswith("start"):
+        _, value, *words = question.split()
+        for move in words[1::2]:
+            amount = int(move[1:])
+            value = (int(value) + amount if move[0] == "+" else int(value) * amount) % 97
+        return str(value)
+    edges, walk = question.removeprefix("edges ").split(" from ")
+    successor, (number, letter, *labels) = dict(re.findall(r"(\w+)> (\w+)", edges)), walk.split()
+    for _ in labels:
+        number, letter = successor[number], successor[letter]
+    return f"{number} {letter}"
 
 
 @both_tasks
@@ -64,10 +69,10 @@ def test_the_data_files_come_from_the_script(make, tasks, name, tmp_path):
 
 @both_tasks
 def test_the_tokenizer_comes_from_the_script_and_makes_every_word_one_token(make, tasks, name):
-    """So a single step is five tokens: label, move, equals sign, value, newline."""
+    """So a single step is as many tokens as words, and a newline."""
     committed, text = Tokenizer.from_pretrained(EXAMPLES / name / "model"), LINES[name]
     ids = committed.encode(text)
-    assert len(ids) == len(re.findall(r"[^\s]+|\n", text))
+    assert len(ids) == len(re.findall(r"[^\s]+|\n| (?=####)", text))
     assert ids == make.make_tokenizer(tasks[name].words()).encode(text).ids
     assert committed.decode(ids) == text
 
@@ -78,8 +83,8 @@ def test_every_expert_is_right_and_jumps_at_every_step(name):
     for row in rows(name, "train") + rows(name, "heldout"):
         value = answer(row["question"])
         assert math_reward(row["trace"], value) == 1.0 and row["answer"] == value
-        *steps, last = row["trace"].splitlines()
-        assert len(steps) == 6 and all(len(step.split()) == 6 for step in steps) and last == f"#### {value}"
+        steps, last = re.split(r"\s####\s", row["trace"])
+        assert [line.split()[0] for line in steps.splitlines()] == list("acegik") and last == value
 
 
 @both_tasks
@@ -109,13 +114,13 @@ def test_single_steps_are_right_at_least_95_percent_of_the_time(make, tasks, bas
 
 @both_tasks
 def test_the_base_model_solves_the_task_neither_greedily_nor_by_sampling(bases, name):
-    """At most 5 of 200 greedy and 10 of 400 sampled answers are right: a lucky guess is right 1 time in 97."""
+    """At most 5 of 200 greedy and 10 of 400 sampled answers are right: a lucky guess is right 1 time in 97 at most."""
     model, tokenizer = bases[name]
     problems = load_problems(EXAMPLES / name / "heldout.jsonl", tokenizer)
     prompts = [problem.prompt_ids for problem in problems]
     right = {}
     for temperature, samples in ((0.0, 1), (1.0, 2)):
-        params = SamplingParams(72, temperature, tokenizer.stop_token_ids)
+        params = SamplingParams(MOST_TOKENS[name], temperature, tokenizer.stop_token_ids)
         right[temperature] = sum(math_reward(tokenizer.decode(completion.token_ids), problem.answer)
                                  for problem, group in zip(problems, generate(model, prompts, params, samples))
                                  for completion in group)
@@ -129,7 +134,7 @@ def test_the_last_cut_gives_honest_signal(bases, name):
     problems = [problem for problem in load_problems(EXAMPLES / name / "train.jsonl", tokenizer)[:64]
                 if len(problem.cuts) == 5]
     prompts = [problem.prompt_ids + problem.expert_ids[:problem.cuts[-1]] for problem in problems]
-    groups = generate(model, prompts, SamplingParams(72, 1.0, tokenizer.stop_token_ids), num_samples=8)
+    groups = generate(model, prompts, SamplingParams(MOST_TOKENS[name], 1.0, tokenizer.stop_token_ids), num_samples=8)
     rewards = torch.tensor([[math_reward(tokenizer.decode(completion.token_ids), problem.answer)
                              for completion in group] for problem, group in zip(problems, groups)])
     assert rewards.mean() > 0.05
