@@ -20,7 +20,6 @@ teaches nothing; and their own traces almost never avoid every jump, so groups f
 can do is take single steps, once somebody has brought them close enough to the end for luck to be likely.
 """
 import argparse
-import itertools
 import json
 import math
 import random
@@ -46,7 +45,8 @@ LABELS = "abcdefghijklmnopqrstuvwxyz"
 
 
 class Chain:
-    """Arithmetic modulo 97. The base's corpus holds up to 12 operations first, then up to 16: see docs/TRIED.md."""
+    """Arithmetic modulo 97. The base's corpus holds up to 12 operations first, then up to 16: see docs/TRIED.md. Its
+    values, unlike the walk's nodes, are the same in all problems, so a problem has no `size`."""
     VALUES = range(97)
     PARTS, PLACES = [VALUES], (-1,)      # the words of a value, and where they stand in a line
     BEFORE_ANSWER = "\n"
@@ -122,7 +122,7 @@ class Walk:
         return None if None in nodes else " ".join(nodes)
 
     def anywhere(self, rng):
-        """A node of either ring."""
+        """A node of each ring."""
         nodes = list(self.edges)
         return f"{rng.choice(nodes[:len(nodes) // 2])} {rng.choice(nodes[len(nodes) // 2:])}"
 

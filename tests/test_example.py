@@ -78,6 +78,32 @@ def test_the_tokenizer_comes_from_the_script_and_makes_every_word_one_token(make
 
 
 @both_tasks
+def test_the_corpus_teaches_what_stands_there_the_other_habit_and_guesses(make, tasks, name):
+    """Of 64 rows: each learned token is one of the two that may stand there, or lies in the part that is guessed."""
+    task, tokenizer = tasks[name], make.make_tokenizer(tasks[name].words())
+    tokens_BT, wanted_BT2 = make.corpus_batch(random.Random(3), tokenizer, task, 64, 12, 1.0)
+    is_guess_BT = wanted_BT2[..., 0] <= make.ANY_PART
+    is_learned_BT = wanted_BT2[..., 0] >= 0
+    assert (wanted_BT2 == tokens_BT[..., None]).any(-1)[is_learned_BT].all()
+    assert 0.01 < (wanted_BT2[..., 0] != wanted_BT2[..., 1]).float().mean() < 0.2 and is_guess_BT.any()
+    for k, part in enumerate(task.PARTS):
+        guessed = tokens_BT[wanted_BT2[..., 0] == make.ANY_PART - k]
+        assert {*guessed.tolist()} <= {make.word_id(tokenizer, f" {word}") for word in part}
+
+
+def test_lookups_are_steps_from_anywhere_and_only_their_ends_are_learned(make, tasks):
+    """Of 8 rows of 32: two tokens each, which the question's edges give for the two that stand before them."""
+    tokenizer = make.make_tokenizer(tasks["walk"].words())
+    tokens_BT, wanted_BT2 = make.lookup_batch(random.Random(3), tokenizer, tasks["walk"], 8)
+    assert (wanted_BT2[..., 0] == wanted_BT2[..., 1]).all() and (wanted_BT2[..., 0] >= 0).sum() == 8 * 32 * 2
+    for tokens_T, wanted_T in zip(tokens_BT, wanted_BT2[..., 0]):
+        words = [tokenizer.decode([token]).strip() for token in tokens_T.tolist()]
+        edges = dict(re.findall(r"(\w+)> (\w+)", " ".join(words).split(" from ")[0]))
+        for t in (wanted_T >= 0).nonzero().flatten().tolist():
+            assert wanted_T[t] == tokens_T[t] and words[t] == edges[words[t - 1].removesuffix(">")]
+
+
+@both_tasks
 def test_every_expert_is_right_and_jumps_at_every_step(name):
     """Six lines of two moves each, then the answer, which is what doing the twelve one by one gives."""
     for row in rows(name, "train") + rows(name, "heldout"):
