@@ -108,7 +108,7 @@ def lengths(plt, results):
             if line:
                 left = method == "grpo"
                 axis.plot(*zip(*line), color=COLORS[method], linewidth=1.6)
-                axis.annotate(name, line[-1], xytext=(-7, 3) if left else (8, 0), color=COLORS[method], va="center",
+                axis.annotate(name, line[-1], xytext=(-7, 3) if left else (12, 0), color=COLORS[method], va="center",
                               ha="right" if left else "left", textcoords="offset points", annotation_clip=False)
         ticks = sorted({r["length"] for r in ours})
         axis.set(xscale="log", yscale="log", xlabel="moves per problem, L", title=task)

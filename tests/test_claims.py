@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import re
+import statistics
 import os
 import subprocess
 import sys
@@ -357,3 +358,15 @@ def test_five_figures_are_written(claims, quick, tmp_path):
     figures = list((tmp_path / "figures").iterdir())
     assert {path.stem for path in figures} == {"accuracy", "lengths", "curriculum", "controls", "theory"}
     assert all(path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size < 150_000 for path in figures)
+
+
+def test_the_readme_has_the_medians_of_the_files(claims):
+    """Its table of both tasks: the base, then the headline's methods in their order."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = claims.read_results(ROOT / "bench" / "results" / "claims")
+    for name, task in (("calculation", "chain"), ("walk", "walk")):
+        runs = {method: claims.select(results, task, 12, method) for method, *_ in claims.HEADLINE}
+        medians = [statistics.median(map(claims.first, runs["bread"]))]
+        medians += [statistics.median(map(claims.final, runs[method])) for method in runs]
+        row = " | ".join(map(claims.percent, medians))
+        assert f"\n| {name} | {row} |\n" in readme.replace("**", "")
