@@ -307,6 +307,7 @@ def make_base(task, rng, seed):
     stop = tokenizer.token_to_id(STOP)
     model = Transformer(config, {"eos_token_id": stop, "bos_token_id": None}).initialize(seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {config.vocab_size}")
+
     def corpus(rng, max_length, skill):
         return lambda: corpus_batch(rng, tokenizer, task, 128, max_length, skill)
 
@@ -330,6 +331,8 @@ def main():
     parser.add_argument("--data-only", action="store_true", help="write no base model")
     parser.add_argument("--output", type=Path, help="default: examples/TASK")
     args = parser.parse_args()
+    if not 1 <= args.length <= len(LABELS):
+        parser.error(f"--length is {args.length}, it must be 1 to {len(LABELS)}: every move has a letter")
     task, folder, rng = tasks[args.task], args.output or HERE / args.task, random.Random(args.seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_problems(folder / "train.jsonl", task, rng, 512, args.length)
