@@ -412,7 +412,7 @@ def length_table(results, task):
         cells = [spread(map(first, ours), percent), spread(map(final, after), percent),
                  spread(map(tokens_to, ours), count), spread([tokens_to(r, key="step") for r in ours], count),
                  spread(map(tokens_to, theirs), count), spread([r["tokens/sampled"] for r in theirs], count),
-                 ratio_text(results, task, length)]
+                 ratio_text(results, task, bread, grpo, length)]
         lines.append(f"| {length} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -430,9 +430,8 @@ def power(slope):
     return "-" if slope is None else "a length never arrives" if slope == math.inf else f"L^{slope:.2f}"
 
 
-def ratio_text(results, task, length):
+def ratio_text(results, task, bread, grpo, length):
     """How many times BREAD's tokens GRPO needs; where it never arrives, at least its budget over BREAD's tokens."""
-    bread, grpo = (medians_by_length(results, task, method) for method in ("bread", "grpo"))
     if length not in grpo or bread[length] in (0, math.inf):
         return "-"
     if grpo[length] < math.inf:
@@ -468,7 +467,7 @@ def cheaper(results, task):
     bread, grpo = (medians_by_length(results, task, method) for method in ("bread", "grpo"))
     claim = (f"{task}: where GRPO works too, BREAD needs at least 3x fewer sampled tokens to {TARGET:.0%} "
              "(longest such L)")
-    numbers = ", ".join(f"L = {length}: {ratio_text(results, task, length)}" for length in bread)
+    numbers = ", ".join(f"L = {length}: {ratio_text(results, task, bread, grpo, length)}" for length in bread)
     both = [length for length in bread if max(bread[length], grpo.get(length, math.inf)) < math.inf and bread[length]]
     if not (has_all_lengths(task, bread) and has_all_lengths(task, grpo)):
         return claim, None, numbers

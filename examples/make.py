@@ -20,6 +20,7 @@ teaches nothing; and their own traces almost never avoid every jump, so groups f
 can do is take single steps, once somebody has brought them close enough to the end for luck to be likely.
 """
 import argparse
+import itertools
 import json
 import math
 import random
@@ -90,7 +91,7 @@ class Walk:
     """
     PARTS, PLACES = [range(10, 36), "ABCDEFGHIJKLMNOPQRSTUVWXYZ"], (-3, -1)
     BEFORE_ANSWER = " "     # in the last line, which names its words, so that no anchor ends between the two
-    VALUES = [f"{number} {letter}" for number in range(10, 36) for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+    VALUES = [f"{number} {letter}" for number, letter in itertools.product(*PARTS)]
     SIZES, LOOKUPS, STAGES = (2, 4, 8, 16), 400, ((12, 1000),)
 
     def __init__(self, rng, length, size=SIZES[-1]):
@@ -140,11 +141,11 @@ def trace_lines(problem, jumps, rng=None, skill=1.0):
     lines, value, i = [], problem.start, 0
     while i < problem.length:
         span = 2 if i + 1 < problem.length and jumps(i) else 1
-        before = value
-        if rng is None or span == 1:
+        before, is_guess = value, rng is not None and span == 2
+        if not is_guess:
             for j in range(i, i + span):
                 value = problem.next(value, j)
-        is_guess = rng is not None and (span == 2 or value is None)
+            is_guess = value is None
         if is_guess or (rng and rng.random() > skill):
             value = problem.guess(rng)
         i += span

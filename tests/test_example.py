@@ -111,6 +111,7 @@ def test_every_expert_is_right_and_jumps_at_every_step(name):
         assert math_reward(row["trace"], value) == 1.0 and row["answer"] == value
         steps, last = re.split(r"\s####\s", row["trace"])
         assert [line.split()[0] for line in steps.splitlines()] == list("acegik") and last == value
+        assert all(len(line.split()) == 6 for line in steps.splitlines())
 
 
 @both_tasks
