@@ -1,4 +1,4 @@
-"""Log-probability of the chosen token, and entropy, from hidden states and LM head: no (N, V) tensor is stored.
+"""Log-probability of the chosen token, and entropy, from hidden states and LM head, without (N, V) tensors.
 
 Per row, with logits x_v = hidden . weight_v, temperature T and m = max_v x_v:
 
@@ -10,22 +10,13 @@ Per row, with logits x_v = hidden . weight_v, temperature T and m = max_v x_v:
     dx_v    = g * (1[v == target] - exp(z_v - log s)) / T
     dhidden = sum_v dx_v weight_v,  dweight_v = sum_n dx_nv hidden_n
 
-The vocabulary is cut into slices, and all rows meet one slice at a time: a cuBLAS product writes the tile of
-logits, a kernel folds it into m, s, t and takes the chosen logit from it. When a tile raises the maximum from m
-to m', the sums so far move with it: with d = (m - m') / T they become s * exp(d) and exp(d) * (t + s * d). Both
-terms of the entropy are >= 0, so nothing cancels, however large the logits are. For the same reason m and log s
-are kept apart: their sum, the usual log-sum-exp, loses log s where |m| is large (at m = -1e30 all of it).
-Backward makes the same tile again, turns it into dx, and multiplies it from both sides.
+All rows meet one slice of the vocabulary at a time: cuBLAS writes the tile of logits, a kernel folds it into
+m, s, t and takes the chosen logit. Where a tile raises the maximum from m to m', with d = (m - m') / T, the
+sums so far become s * exp(d) and exp(d) * (t + s * d). Both terms of the entropy are >= 0: nothing cancels. m
+and log s are kept apart, since their sum loses log s where |m| is large (at -1e30 all of it). Backward makes
+the tile again, turns it into dx and multiplies it from both sides.
 
-Slices of the vocabulary and not of the rows, because then each row of dweight is written once, by one product.
-dhidden is the sum over slices, and is kept in float32: rounding every slice's share to bf16 biases training.
-The matrix products stay with cuBLAS: a Triton product reaches 60-65 % of its speed on Hopper, which from D = 1536
-up costs more than passing the tiles through memory (arithmetic from published speeds, not measured here).
-
-Not measured: speed. Bytes are counted, registers and spills were read from the compiler's output; tile, warps and
-grid are reasoned choices that `python bench/head.py` on a GPU would confirm or change.
-
-Dimensions: N tokens (rows), D hidden size, V vocabulary, C columns of one tile, BLOCK_C columns of one step.
+Dimensions: N tokens (rows), D hidden size, V vocabulary, C columns of one tile.
 """
 
 import math
@@ -34,32 +25,14 @@ import torch
 import triton
 import triton.language as tl
 
-# The float32 tile. At N = 16384 it is 4096 columns wide: 38 slices of 151936, each a product large enough for full
-# speed, and dhidden (100 MB at D = 1536) is read and written 38 times, about 2 ms of 45 at 4.3 TB/s. A tile
-# four times smaller would stay in the 50 MB of L2, and pay for it with four times as many passes over dhidden.
-TILE_BYTES = 2**28
-
-
-def reference_linear_logprob(hidden_ND, weight_VD, targets_N, temperature=1.0):
-    """The same two numbers in plain PyTorch: the definition that the kernels are tested against.
-
-    Bytes per logit beside the products' inputs, for bf16 inputs. Here, forward: product 2, cast 6, divide 8,
-    log_softmax 8, exp 8, entr 8, sum 4 = 44; backward: zeros for gather 4, log_softmax 12, divide 8, cast 6, two
-    products 4 = 34. And up to five (N, V) tensors at once. Below, forward: product 4, fold 4 = 8; backward:
-    product 4, gradient 4 + 2, two products 4 = 14. So 78 against 22, and one more product (four, not three).
-    """
-    all_logprobs_NV = torch.log_softmax((hidden_ND @ weight_VD.T).float() / temperature, dim=-1)
-    entropies_N = torch.special.entr(all_logprobs_NV.detach().exp()).sum(dim=-1)
-    return all_logprobs_NV.gather(-1, targets_N.long().unsqueeze(-1)).squeeze(-1), entropies_N
+TILE_BYTES = 2**28  # the float32 tile: 4096 columns for 16384 rows, so 38 slices of a vocabulary of 151936
+BLOCK_C = 4096  # 16 columns per thread of 8 warps
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}  # triton 3.10 changes this default, 3.9 warns
 
 
 @triton.jit
-def _fold_kernel(
-    tile_ptr, targets_ptr, max_ptr, sum_ptr, sum_z_ptr, chosen_ptr,
-    row_stride, start, width, inv_temperature, NUM_BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    # One program per row: the 132 multiprocessors of an H200 run about 800 rows at a time, and an update has
-    # thousands. Row statistics live in memory between slices: 24 bytes per row against 16 KB of tile.
+def _fold_kernel(tile_ptr, targets_ptr, max_ptr, sum_ptr, sum_z_ptr, chosen_ptr, row_stride, start, width,
+                 inv_temperature, NUM_BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)  # rows * row_stride may pass 2**31
     row_ptr = tile_ptr + row * row_stride
     m = tl.load(max_ptr + row)
@@ -67,11 +40,9 @@ def _fold_kernel(
     t = tl.load(sum_z_ptr + row)
     for block in range(0, NUM_BLOCKS):
         cols = block * BLOCK_C + tl.arange(0, BLOCK_C)
-        # 151936 is not a multiple of the tile: columns past its end read as -inf and add nothing to s or t.
-        x = tl.load(row_ptr + cols, mask=cols < width, other=-float("inf"))
+        x = tl.load(row_ptr + cols, mask=cols < width, other=-float("inf"))  # past the end: adds nothing
         m_new = tl.maximum(m, tl.max(x, axis=0))
-        # Subtract, then scale: near the maximum, where it counts, the difference is exact.
-        z = (x - m_new) * inv_temperature
+        z = (x - m_new) * inv_temperature  # subtract, then scale: exact near the maximum, where it counts
         d = (m - m_new) * inv_temperature
         e = tl.exp(z)
         rescale = tl.exp(d)
@@ -88,10 +59,8 @@ def _fold_kernel(
 
 
 @triton.jit
-def _gradient_kernel(
-    tile_ptr, grad_ptr, targets_ptr, max_ptr, log_sum_ptr, grad_logprobs_ptr,
-    tile_stride, grad_stride, start, width, inv_temperature, BLOCK_C: tl.constexpr
-):
+def _gradient_kernel(tile_ptr, grad_ptr, targets_ptr, max_ptr, log_sum_ptr, grad_logprobs_ptr, tile_stride,
+                     grad_stride, start, width, inv_temperature, BLOCK_C: tl.constexpr):
     # grad may be the tile itself: every element is read and written by the same thread.
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -103,62 +72,43 @@ def _gradient_kernel(
 
 
 def _slice_width(N, V):
-    """Columns of a slice: all of them if the tile fits TILE_BYTES (it is then kept for backward), else a power of
-    two that fits. Powers of two because the kernel is compiled per number of blocks, and N differs every time."""
-    columns = max(256, TILE_BYTES // (4 * max(N, 1)))
-    return V if columns >= V else 2 ** (columns.bit_length() - 1)
-
-
-def _new_tile(N, width, dtype, device):
+    # All columns if that tile fits, else a power of two: compiled per number of blocks, and N always differs.
     # Rows start at multiples of 64 bytes whatever V is, so that loads and cuBLAS stay on 16-byte accesses.
-    return torch.empty((N, triton.cdiv(width, 32) * 32), dtype=dtype, device=device)[:, :width]
+    columns = max(256, TILE_BYTES // (4 * max(N, 1)))
+    return triton.cdiv(V, 32) * 32 if columns >= V else 2 ** (columns.bit_length() - 1)
 
 
-def _launch_options(width):
-    # 4096 columns over 8 warps are 16 per thread, four 16-byte loads. Fusion is spelled out because triton 3.10
-    # changes its default and 3.9 warns of that at the first launch.
-    BLOCK_C = min(4096, max(128, triton.next_power_of_2(width)))
-    return {"BLOCK_C": BLOCK_C, "num_warps": 8 if BLOCK_C >= 2048 else 4, "enable_fp_fusion": True}
-
-
-def _product(a, b, out):
-    """out = a @ b in float32. bf16 logits would be off by up to 0.06 at a logit of 20."""
-    if a.is_cuda and a.dtype == torch.bfloat16:
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)  # CUDA only, as is the one below
-    return torch.mm(a.float(), b.float(), out=out)
-
-
-def _add_product(total, a, b):
-    """total += a @ b in float32, without rounding the product first."""
-    if a.is_cuda and a.dtype == torch.bfloat16:
-        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    return total.addmm_(a.float(), b.float())
+def _logit_tiles(hidden_ND, weight_VD, slice_width):
+    # Of every slice of the vocabulary: first token, weight_CD, logits_NC in float32, in one buffer for all.
+    tile_NC = torch.empty((len(hidden_ND), slice_width), dtype=torch.float32, device=hidden_ND.device)
+    for start in range(0, len(weight_VD), slice_width):
+        weight_CD = weight_VD[start:start + slice_width]
+        logits_NC = tile_NC[:, :len(weight_CD)]
+        if hidden_ND.is_cuda and hidden_ND.dtype == torch.bfloat16:  # a logit of 20 in bf16 is off by 0.06
+            torch.mm(hidden_ND, weight_CD.T, out_dtype=torch.float32, out=logits_NC)
+        else:
+            torch.mm(hidden_ND.float(), weight_CD.T.float(), out=logits_NC)
+        yield start, weight_CD, logits_NC
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N, temperature):
-        N, V, device = len(hidden_ND), len(weight_VD), hidden_ND.device
-        ctx.temperature, ctx.width = temperature, _slice_width(N, V)
-        tile_NC = _new_tile(N, ctx.width, torch.float32, device)
+    def forward(ctx, hidden_ND, weight_VD, targets_N, temperature, slice_width):
+        N, device = len(hidden_ND), hidden_ND.device
         max_N = torch.full((N,), -math.inf, device=device)
-        sum_N, sum_z_N = torch.zeros(N, device=device), torch.zeros(N, device=device)
-        # Checking targets on the host would wait for the GPU. What no slice fills in stays NaN: a bad target makes
-        # its row's outputs NaN, and (through log_sum_N) the gradients.
+        sum_N = torch.zeros(N, device=device)
+        sum_z_N = torch.zeros(N, device=device)
+        # A check of targets would wait for the GPU: what no slice fills in stays NaN, and so do gradients.
         chosen_N = torch.full((N,), math.nan, device=device)
-        for start in range(0, V, ctx.width):
-            weight_CD = weight_VD[start:start + ctx.width]
-            width, options = len(weight_CD), _launch_options(len(weight_CD))
-            _product(hidden_ND, weight_CD.T, tile_NC[:, :width])
-            # Triton launches on the current device, not on the tensor's. A grid of 0 rows it skips by itself.
-            with torch.cuda.device_of(hidden_ND):
-                _fold_kernel[(N,)](
-                    tile_NC, targets_N, max_N, sum_N, sum_z_N, chosen_N, tile_NC.stride(0), start, width,
-                    1.0 / temperature, triton.cdiv(width, options["BLOCK_C"]), **options
-                )
-        ctx.tile_NC = tile_NC if ctx.width == V else None
+        for start, _, logits_NC in _logit_tiles(hidden_ND, weight_VD, slice_width):
+            width = logits_NC.shape[1]
+            _fold_kernel[(N,)](
+                logits_NC, targets_N, max_N, sum_N, sum_z_N, chosen_N, logits_NC.stride(0), start, width,
+                1.0 / temperature, triton.cdiv(width, BLOCK_C), BLOCK_C, **OPTIONS)
         log_sum_N = torch.where(chosen_N.isnan(), math.nan, sum_N.log())
         entropies_N = log_sum_N - sum_z_N / sum_N
+        ctx.temperature = temperature
+        ctx.slice_width = slice_width
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, max_N, log_sum_N)
         ctx.mark_non_differentiable(entropies_N)
         return (chosen_N - max_N) / temperature - log_sum_N, entropies_N
@@ -167,64 +117,49 @@ class _LinearLogprob(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs_N, _grad_entropies_N):
         hidden_ND, weight_VD, targets_N, max_N, log_sum_N = ctx.saved_tensors
-        N, V, (wants_hidden, wants_weight) = len(hidden_ND), len(weight_VD), ctx.needs_input_grad[:2]
-        # A kept tile is overwritten, so a second backward of a retained graph finds none and computes it again.
-        kept_NC, ctx.tile_NC = ctx.tile_NC, None
-        tile_NC = kept_NC if kept_NC is not None else _new_tile(N, ctx.width, torch.float32, hidden_ND.device)
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        N = len(hidden_ND)
+        grad_N = grad_logprobs_N.contiguous()  # .sum().backward() expands one number to (N,), with stride 0
         is_half = hidden_ND.dtype == torch.bfloat16  # then the products take dx in bf16, as eager torch does
-        grad_NC = _new_tile(N, ctx.width, torch.bfloat16, hidden_ND.device) if is_half else tile_NC
+        half_NC = hidden_ND.new_empty((N, ctx.slice_width)) if is_half else None
         grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=torch.float32) if wants_hidden else None
         grad_weight_VD = torch.empty_like(weight_VD) if wants_weight else None
-        for start in range(0, V, ctx.width):
-            weight_CD = weight_VD[start:start + ctx.width]
-            width, options = len(weight_CD), _launch_options(len(weight_CD))
-            if kept_NC is None:
-                _product(hidden_ND, weight_CD.T, tile_NC[:, :width])
-            with torch.cuda.device_of(hidden_ND):
-                # contiguous(): .sum().backward() hands over one number expanded to (N,), with stride 0.
-                _gradient_kernel[(N, triton.cdiv(width, options["BLOCK_C"]))](
-                    tile_NC, grad_NC, targets_N, max_N, log_sum_N, grad_logprobs_N.contiguous(), tile_NC.stride(0),
-                    grad_NC.stride(0), start, width, 1.0 / ctx.temperature, **options
-                )
+        for start, weight_CD, logits_NC in _logit_tiles(hidden_ND, weight_VD, ctx.slice_width):
+            width = logits_NC.shape[1]
+            dx_NC = half_NC[:, :width] if is_half else logits_NC
+            _gradient_kernel[(N, triton.cdiv(width, BLOCK_C))](
+                logits_NC, dx_NC, targets_N, max_N, log_sum_N, grad_N, logits_NC.stride(0), dx_NC.stride(0),
+                start, width, 1.0 / ctx.temperature, BLOCK_C, **OPTIONS)
             if wants_weight:
-                torch.mm(grad_NC[:, :width].T, hidden_ND, out=grad_weight_VD[start:start + width])
-            if wants_hidden:
-                _add_product(grad_hidden_ND, grad_NC[:, :width], weight_CD)
-        return grad_hidden_ND.to(hidden_ND.dtype) if wants_hidden else None, grad_weight_VD, None, None
+                torch.mm(dx_NC.T, hidden_ND, out=grad_weight_VD[start:start + width])
+            # Summed in float32: rounding every slice's share of dhidden to bf16 would bias training.
+            if wants_hidden and is_half and hidden_ND.is_cuda:
+                torch.addmm(grad_hidden_ND, dx_NC, weight_CD, out_dtype=torch.float32, out=grad_hidden_ND)
+            elif wants_hidden:
+                grad_hidden_ND.addmm_(dx_NC.float(), weight_CD.float())
+        return grad_hidden_ND.to(hidden_ND.dtype) if wants_hidden else None, grad_weight_VD, None, None, None
 
 
 def linear_logprob(hidden_ND, weight_VD, targets_N, temperature=1.0):
-    """How likely each row's chosen token was under softmax(hidden @ weight.T / temperature), and how undecided it is.
+    """Log-prob of each row's chosen token under softmax(hidden @ weight.T / temperature), and its entropy.
 
-    hidden_ND: (N, D) and weight_VD: (V, D), both bfloat16 or both float32, on CUDA; they may be strided.
-    targets_N: (N,), int64 or int32, in 0..V-1; any other value makes its row NaN, and the gradients too.
-    Returns (logprobs_N, entropies_N), float32, in nats. The first is differentiable in hidden and weight, with
-    gradients in their dtype; the second is for logging and carries none. Extra memory: TILE_BYTES, half as much
-    again in bf16, and the gradients (that of hidden in float32 until it is complete).
-    Raises ValueError for any other shape, dtype, device or temperature.
-    Source: the policy ratio of the GRPO loss (`grpo_loss` in bread.py) needs this number per sampled token.
+    hidden_ND, weight_VD: both float32 or both bfloat16 (torch >= 2.10: products with out_dtype), on CUDA.
+    targets_N: int64 or int32, in 0..V-1; any other value makes its row NaN, and the gradients too. Returns
+    (logprobs_N, entropies_N), float32, in nats; the entropies carry no gradient. Extra memory: TILE_BYTES,
+    half as much again in bf16, and the gradients (that of hidden in float32 until it is complete). Raises
+    ValueError for any other shape, dtype, device or temperature.
     """
-    shapes = tuple(hidden_ND.shape), tuple(weight_VD.shape), tuple(targets_N.shape)
-    if [len(shape) for shape in shapes] != [2, 2, 1] or shapes[0] != (*shapes[2], shapes[1][1]) or 0 in shapes[1]:
-        raise ValueError(
-            f"linear_logprob: hidden {shapes[0]}, weight {shapes[1]}, targets {shapes[2]} given; allowed are (N, D), "
-            "(V, D) with V, D >= 1, and (N,): type hidden.view(-1, D), targets.view(-1)"
-        )
-    if hidden_ND.dtype != weight_VD.dtype or hidden_ND.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(
-            f"linear_logprob: {hidden_ND.dtype} hidden and {weight_VD.dtype} weight given; allowed are both bfloat16 "
-            "or both float32: type hidden.to(weight.dtype)"
-        )
-    if targets_N.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"linear_logprob: {targets_N.dtype} targets given, not int64, int32: type targets.long()")
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"linear_logprob: temperature {temperature} given; it must be positive and finite")
-    # Under TRITON_INTERPRET=1 the kernels are no JITFunction, and the host reads tensors of any device.
-    needs_cuda = isinstance(_fold_kernel, triton.JITFunction)
-    devices = hidden_ND.device, weight_VD.device, targets_N.device
-    if len(set(devices)) > 1 or (needs_cuda and hidden_ND.device.type != "cuda"):
-        raise ValueError(
-            "linear_logprob: hidden on {}, weight on {}, targets on {} given; all must be on one CUDA device. On a CPU "
-            "use the plain linear_logprob of model.py (or TRITON_INTERPRET=1)".format(*devices)
-        )
-    return _LinearLogprob.apply(hidden_ND.contiguous(), weight_VD.contiguous(), targets_N.contiguous(), temperature)
+    inputs = hidden_ND, weight_VD, targets_N
+    shapes = [tuple(x.shape) for x in inputs]
+    dtypes = [x.dtype for x in inputs]
+    if hidden_ND.ndim != 2 or shapes[1][1:] != shapes[0][1:] or shapes[2] != shapes[0][:1]:
+        raise ValueError(f"linear_logprob: {shapes} given, not (N, D), (V, D), (N,): type hidden.view(-1, D)")
+    is_typed = dtypes[:2] in ([torch.bfloat16] * 2, [torch.float32] * 2) and not targets_N.is_floating_point()
+    is_here = hidden_ND.is_cuda or not isinstance(_fold_kernel, triton.JITFunction)  # that is, interpreted
+    if not (is_typed and is_here and 0.0 < temperature < math.inf):
+        raise ValueError(f"linear_logprob: {dtypes} on {hidden_ND.device}, temperature {temperature} given, "
+                         "not two of bfloat16 or float32 and integers on CUDA, positive and finite: type "
+                         "hidden.to(weight.dtype), targets.long(), .cuda(), or use the one of model.py")
+    width = _slice_width(len(hidden_ND), len(weight_VD))
+    with torch.cuda.device_of(hidden_ND):  # Triton launches on the current device, not on the tensors'
+        return _LinearLogprob.apply(*(x.contiguous() for x in inputs), temperature, width)
