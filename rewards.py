@@ -12,7 +12,6 @@ A policy optimises whatever this file accepts, so a wrong answer rewarded costs 
 Model text is never evaluated and no timeout is needed: the scans over a completion are linear, and whatever
 looks closer sees at most MAX_ANSWER characters, which bounds digits and nesting as well.
 """
-
 import re
 from collections import Counter
 from fractions import Fraction
@@ -28,14 +27,14 @@ BOX_TOKEN = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?:(\{)|([-+.]?[0-9][^\s{}$\\]{0
 
 # Weaker anchors, in order of trust; each also skips the decoration between itself and the answer.
 ANCHORS = [re.compile(anchor + r"(?:[\s:*]|\\[\[(]){0,20}", re.I) for anchor in (
-    "####", r"(?:<answer>|answer(?:\s{1,9}is\b|\*{0,2}:|\*{0,2}\s{0,9}(?=\\[\[(]|\$)))"
-)]
+    "####", r"(?:<answer>|answer(?:\s{1,9}is\b|\*{0,2}:|\*{0,2}\s{0,9}(?=\\[\[(]|\$)))")]
 ANSWER_END = re.compile(r"\n|\.\s|</|<\|")   # end of a line or sentence, a closing tag, a special token
 
 
 def _last_box(text):
     """Content of the balanced box that starts last, or None; one pass, whatever the nesting."""
-    answer, answer_start, open_braces = None, -1, []
+    answer, answer_start = None, -1
+    open_braces = []
     for token in BOX_TOKEN.finditer(text):
         if token[2]:                                  # \boxed 5
             answer, answer_start = token[2], token.start()
@@ -106,18 +105,14 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
 # Sign, whole part of a mixed number, decimal, exponent, denominator. [0-9], as \d takes any script's digits.
 NUMBER = re.compile(r"([+-]?) ?(?:([0-9]+) (?=[0-9]+/[0-9]))?([0-9]+\.?[0-9]*|\.[0-9]+)"
                     r"(?:[eE]([+-]?[0-9]{1,2}))?(?:/([+-]?[0-9]+\.?[0-9]*))?")
-
 # What may precede a value and only names it: `x=`, `(p,q)=`, `f(2)=`, `V_1:V_2=`; not `5x+4=` or `\sqrt x=`.
 NAME = re.compile(r"(?<![^,;(\[{])\(?(?!\\(?:frac|sqrt))[A-Za-z\\][A-Za-z0-9\\_(),: ]{0,30}=")
-
 # What may follow a value and only measures it. Words that change a value are no units: 5 million is not 5.
 UNIT = re.compile(
     r"(?:(?<=[0-9}])|(?<=\\pi))(?:~ ?| (?=[A-Za-z]{3}|[ckm][gm]|ft))"
     r"(?!hundred|thousand|[mbtr]+illion|dozen|squared|cubed|factorial|sin|cos|tan|log|sqrt|mod|[ei]\b"
     r"|hal[fv]|third|fourth|quarter|fifth|sixth|seventh|eighth|ninth|tenth)"
-    r"([A-Za-z][A-Za-z ~/]*(?:\^[23])?)(?![^,;)\]}])"
-)
-
+    r"([A-Za-z][A-Za-z ~/]*(?:\^[23])?)(?![^,;)\]}])")
 # A formula whose top-level terms may be reordered: it has letters, and no relation or matrix.
 SUM = re.compile(r"(?=.*[A-Za-z])(?:[A-Za-z0-9.*/^_+(){}-]|\\(?:sqrt|frac|pi)" + END + ")+")
 
@@ -163,18 +158,25 @@ def _scalar(text):
 
 def _parse(text):
     """A scalar, or (brackets, items): `(1,2]` is ("(]", (1, 2)); a bare list has brackets ""."""
-    text, brackets = text.strip(" ~"), ""
+    text = text.strip(" ~")
+    brackets = ""
     if text[:1] in ("(", "[", "{") and 0 not in list(_depths(text))[:-1] and text[-1] in ")]}":
-        brackets, text = text[0] + text[-1], text[1:-1]
+        brackets = text[0] + text[-1]
+        text = text[1:-1]
     pieces = _split(text, ",;")
     if brackets == "()" and len(pieces) == 1:
         return _parse(text)                           # grouping, not a tuple
     if brackets in ("", "{}") and "±" in text:        # 1 ± 2 is the set of 1+2 and 1-2
         brackets = "{}"
-        pieces = [piece.replace("±", sign) for piece in pieces for sign in "+-"[:1 + ("±" in piece)]]
+        pieces = [piece.replace("±", sign) for piece in pieces for sign in ("+-" if "±" in piece else "+")]
     if not brackets and len(pieces) == 1:
         return _scalar(text)
     return brackets, tuple(_parse(piece) for piece in pieces)
+
+
+def _as_list(parsed):
+    """(brackets, items), a scalar being a bare list of one."""
+    return parsed if isinstance(parsed, tuple) else ("", (parsed,))
 
 
 # ---- 3. Comparison
@@ -196,10 +198,12 @@ def parse_gold(answer: str | int | float) -> str | None:
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
     text = str(answer)[-MAX_TEXT:].rpartition("####")[2]
-    text = (text if (box := _last_box(text)) is None else box).strip()
+    box = _last_box(text)
+    text = (text if box is None else box).strip()
     plain = _clean(text) if len(text) <= MAX_ANSWER else ""
-    balanced = plain.count("{") == plain.count("}")
-    return text if balanced and any(map(str.isalnum, plain)) and not NO_GOLD.fullmatch(plain) else None
+    has_value = any(char.isalnum() for char in plain)
+    is_balanced = plain.count("{") == plain.count("}")
+    return text if has_value and is_balanced and not NO_GOLD.fullmatch(plain) else None
 
 
 def answers_match(given: str, gold: str) -> bool:
@@ -222,10 +226,11 @@ def answers_match(given: str, gold: str) -> bool:
         in_given, in_gold = aside.findall(given), aside.findall(gold)
         if in_given == in_gold or not in_given or not in_gold:
             given, gold = aside.sub("", given), aside.sub("", gold)
-    sides = [side if isinstance(side, tuple) else ("", (side,)) for side in (_parse(given), _parse(gold))]
-    (brackets, items), (gold_brackets, gold_items) = sides
+    brackets, items = _as_list(_parse(given))
+    gold_brackets, gold_items = _as_list(_parse(gold))
     # Once one side is a set, order is free and the other may be a bare list or scalar.
-    if {brackets, gold_brackets} in ({"{}"}, {"", "{}"}):
+    is_set = "{}" in (brackets, gold_brackets)
+    if is_set and brackets in ("", "{}") and gold_brackets in ("", "{}"):
         return Counter(items) == Counter(gold_items)
     return brackets == gold_brackets and items == gold_items
 

@@ -4,26 +4,25 @@
     prompt_ids | episode 1 | episode 2 | .. | last episode
                            ^           ^    ^               cuts; an anchor is expert_ids[:cut]
 
-A data file is JSON lines; `ALIASES` lists the names of its fields, ours first. `question`: text, or chat
-messages that end with the user's. `trace`: the expert's text. `answer`: text or a number; if absent, what follows
-the trace's last "####", else its last \\boxed{}. Optional: `id`, `system`. Raw GSM8K lines work as they are: the
+A data file is JSON lines; `ALIASES` lists the names of its fields, ours first. `question`: text, or messages
+that end with the user's. `trace`: the expert's text. `answer`: text or a number; if absent, what follows the
+trace's last "####", else its last \\boxed{}. Optional: `id`, `system`. Raw GSM8K lines work as they are: the
 trace is then the whole `answer`, its "#### 72" included so that a reward can verify it.
 
-Our choices: (1) A trace is tokenised once and whole, and a cut is an index into those ids: an anchor is a prefix
-of the trace's own tokenisation. (2) No anchor states the answer, see `find_cuts`. (3) Data cannot forge turns: text
-that spells a special token such as <|im_end|> is refused; at the very end of a trace it is stripped.
-
-Left out: SentencePiece-only folders; template variables (tools, enable_thinking: `_prompt_text` would take them);
-a time limit on templates (sandboxed and capped in size, but a loop may spin). The caller verifies the answers.
+Our choices: (1) A trace is tokenised once and whole, and a cut is an index into those ids: an anchor is a
+prefix of the trace's own tokenisation. (2) No anchor states the answer, see `find_cuts`. (3) Data cannot
+forge turns: text that spells a special token such as <|im_end|> is refused; at a trace's end it is stripped.
+Left out: SentencePiece-only folders; template variables such as enable_thinking (`_prompt_text` would take
+them); limits on templates (sandboxed, but a loop may spin). The caller verifies the answers.
 """
 import datetime
 import functools
 import json
 import re
-import traceback
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import jinja2.sandbox
@@ -31,85 +30,68 @@ import tokenizers
 
 ALIASES = {
     "question": ("question", "problem", "prompt", "query"),
-    "trace": ("trace", "solution", "response", "completion", "target", "rationale", "traces"),  # traces: the first
+    "trace": ("trace", "solution", "response", "completion", "target", "rationale", "traces"),  # or a list
     "answer": ("answer", "final_answer", "ground_truth", "gold"),
 }
+NO_DEFAULT = "{{ raise_exception('none of the templates is named default') }}"
 HINT = "\n\nHint: the solution may begin like this:\n"
-MAX_PROMPT_CHARS = 1_000_000
-# Llama-3.2's template prints today's date; a pinned one gives the same prompt, hence the same run, every day.
-TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
-
-
-@functools.lru_cache
-def _compile_template(source):
-    """Compile a chat template as transformers does: in a sandbox, with the same options, filters and globals."""
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    # TinyLlama's template needs the trimming. Jinja's own tojson would escape for HTML.
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
-        value, ensure_ascii=ensure_ascii, **options)
-    environment.globals.update(raise_exception=raise_exception, strftime_now=TEMPLATE_DATE.strftime)
-    # {% generation %} .. {% endgeneration %} marks text for SFT masks: here a block that always holds.
-    source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
-    return environment.from_string(re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source))
+TEMPLATE_DATE = datetime.datetime(2024, 7, 26)  # pinned: Llama-3.2's prompts hold today's
 
 
 class Tokenizer:
     """Text to token ids and back, with the chat template and the stop ids of one Hugging Face folder.
 
-    `stop_token_ids`: sorted tuple of every id that ends a completion. `eos_id`: the one that ends an expert trace
-    in SFT (the tokenizer's eos_token, else the smallest). `vocab_size`: number of tokens, added ones included.
+    `stop_token_ids`: every id that ends a completion, sorted. `eos_id`: the one that ends an expert trace in
+    SFT (eos_token, else the smallest). `opens_thinking`: prompts end in "<think>". `special_texts`: see (3).
     """
 
     @classmethod
     def from_pretrained(cls, path):
-        """Read a folder's tokenizer.json and, if there, its configs and its chat_template.jinja, which overrides.
-
-        Raises ValueError naming the file that is missing or broken, or if no file names an end-of-sequence token.
-        """
+        """Read a folder. ValueError names a missing or broken file, or says that no file names an eos."""
         return cls(Path(path))
 
     def __init__(self, folder):
-        self._backend = backend = _read(folder / "tokenizer.json", tokenizers.Tokenizer.from_buffer)
-        backend.no_truncation()  # tokenizer.json may carry these settings, and would cut or pad in silence
-        backend.no_padding()
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
-        config, generation_config, model_config = (
-            _read(folder / name, json.loads) if (folder / name).is_file() else {}
-            for name in ("tokenizer_config.json", "generation_config.json", "config.json"))
+        self._folder = folder
+        self._backend = _read(folder / "tokenizer.json", tokenizers.Tokenizer.from_buffer)
+        self._backend.no_truncation()  # the file may carry these settings, and would cut or pad in silence
+        self._backend.no_padding()
+        config = _read(folder / "tokenizer_config.json", json.loads, absent={})
         names = ("bos_token", "eos_token", "pad_token", "unk_token")  # each an AddedToken, or its text
         self._names = {name: token["content"] if isinstance(token, dict) else token
                        for name in names if (token := config.get(name))}
-        bos, eos = (backend.token_to_id(self._names.get(name, "")) for name in ("bos_token", "eos_token"))
-        # All three, since one errs: Llama-3-8B-Instruct's config lacked the <|eot_id|> that the model writes.
-        named = [eos, generation_config.get("eos_token_id"), model_config.get("eos_token_id")]
-        named = {id for entry in named for id in (entry if isinstance(entry, list) else [entry])}
-        self.stop_token_ids = tuple(sorted(named - {None}))
+        bos = self._backend.token_to_id(self._names.get("bos_token", ""))
+        eos = self._backend.token_to_id(self._names.get("eos_token", ""))
+        stops = {eos}
+        # All three files, since one errs: Llama-3-8B-Instruct's lacked the <|eot_id|> that the model writes.
+        for name in ("generation_config.json", "config.json"):
+            entry = _read(folder / name, json.loads, absent={}).get("eos_token_id")
+            stops |= set(entry) if isinstance(entry, list) else {entry}
+        self.stop_token_ids = tuple(sorted(stops - {None}))
         if not self.stop_token_ids:
-            raise ValueError(f"{folder}: rollouts would never end; set eos_token in tokenizer_config.json, or "
-                             "eos_token_id in generation_config.json or config.json")
+            raise ValueError(f"{folder}: rollouts would never end; set eos_token in tokenizer_config.json, "
+                             "or eos_token_id in generation_config.json or config.json")
         self.eos_id = self.stop_token_ids[0] if eos is None else eos
         # Where the config is silent (Llama-3), what tokenizer.json itself puts in front of a text decides.
-        starts_with_bos = backend.encode("", add_special_tokens=True).ids[:1] == [bos]
+        starts_with_bos = self._backend.encode("", add_special_tokens=True).ids[:1] == [bos]
         self._bos = [bos] if bos is not None and config.get("add_bos_token", starts_with_bos) else []
-        self._markers = sorted(token.content for id, token in backend.get_added_tokens_decoder().items()
-                               if token.special or id in self.stop_token_ids)
-        self._template, self._template_file = config.get("chat_template"), folder / "tokenizer_config.json"
-        if isinstance(self._template, list):
-            self._template = {entry["name"]: entry["template"] for entry in self._template}.get(
-                "default", "{{ raise_exception('none of the templates is named default') }}")
-        if (folder / "chat_template.jinja").is_file():
-            self._template_file = folder / "chat_template.jinja"
-            self._template = _read(self._template_file, bytes.decode)
+        added = self._backend.get_added_tokens_decoder()
+        special = [token for i, token in added.items() if token.special or i in self.stop_token_ids]
+        self.special_texts = sorted(token.content for token in special)
+        template = config.get("chat_template") or ""
+        if isinstance(template, list):  # [{"name": .., "template": ..}, ..]
+            template = {entry["name"]: entry["template"] for entry in template}.get("default", NO_DEFAULT)
+        self._template = _read(folder / "chat_template.jinja", bytes.decode, absent=template)
         # A first render shows a broken template at once, and whether a prompt already opens the thinking.
         self.opens_thinking = self._prompt_text(_as_messages("1+1?")).endswith("<think>\n")
 
     def encode(self, text):
         """Token ids of plain text: "<|im_end|>" is ten characters like any others, never the special id."""
-        return self._encoding(text).ids
+        return self.encoding(text).ids
+
+    def encoding(self, text, markup=False):
+        """`.ids` of a text, and their (start, end) as `.offsets`. `markup`: special tokens are recognised."""
+        self._backend.encode_special_tokens = not markup  # True reads "encode them as plain text"
+        return self._backend.encode(text, add_special_tokens=False)  # templates write their own bos
 
     def decode(self, ids, skip_special_tokens=True):
         """Text of token ids."""
@@ -124,53 +106,58 @@ class Tokenizer:
         Raises ValueError for malformed messages, text that spells a special token, a template that fails.
         """
         messages = _as_messages(question, system)
-        messages[-1]["content"] += HINT + hint if hint else ""
+        if hint:
+            messages[-1]["content"] += HINT + hint
         for message in messages:
-            self._refuse_markers(message["content"], "the prompt")
-        if not self._template:
-            return self._bos + self.encode(self._prompt_text(messages))
-        return self._encoding(self._prompt_text(messages), markup=True).ids
+            self.refuse_special(message["content"], "the prompt")
+        text = self._prompt_text(messages)
+        return self.encoding(text, markup=True).ids if self._template else self._bos + self.encode(text)
 
-    def _encoding(self, text, markup=False):
-        self._backend.encode_special_tokens = not markup  # True reads "encode them as plain text"
-        return self._backend.encode(text, add_special_tokens=False)  # templates write their own bos
+    def refuse_special(self, text, what):
+        """ValueError, which calls the text `what`, if it spells one of the special tokens."""
+        for token in self.special_texts:
+            if token in text:
+                raise ValueError(f"{what} spells the special token {token!r}, which forges turns: remove it")
 
     def _prompt_text(self, messages):
         if not self._template:
             return "\n\n".join(message["content"] for message in messages) + "\n"
-        text = ""
         try:
-            for piece in _compile_template(self._template).generate(
-                    messages=messages, add_generation_prompt=True, tools=None, documents=None,
-                    date_string=TEMPLATE_DATE.strftime("%d %b %Y"), **self._names):
-                text += piece
-                if len(text) > MAX_PROMPT_CHARS:
-                    raise OverflowError(f"the prompt is longer than {MAX_PROMPT_CHARS} characters")
-        except Exception as error:  # a template is a program; Jinja makes tracebacks show its own lines
-            lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == "<template>"]
-            line = getattr(error, "lineno", lines[-1] if lines else "unknown")
-            raise ValueError(f"chat template in {self._template_file}, line {line}: {error!r}") from error
-        return text
-
-    def _refuse_markers(self, text, what):
-        for marker in self._markers:
-            if marker in text:
-                raise ValueError(f"{what} spells the special token {marker!r}, which could forge a turn; remove it")
+            return _compile_template(self._template).render(
+                messages=messages, add_generation_prompt=True, tools=None, documents=None,
+                date_string=TEMPLATE_DATE.strftime("%d %b %Y"), **self._names)
+        except Exception as error:  # a template is a program and may raise anything
+            raise ValueError(f"{self._folder}: chat template: {error!r}") from error
 
 
-def _read(file, parse):
+def _read(file, parse, absent=None):
     try:
-        return parse(file.read_bytes())
+        return parse(file.read_bytes()) if absent is None or file.is_file() else absent  # optional files only
     except Exception as error:  # tokenizers raises plain Exception
         raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+@functools.lru_cache
+def _compile_template(source):
+    """A chat template, compiled as transformers does: in a sandbox, with its options, filters and globals."""
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(  # TinyLlama's template needs the trimming
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # Jinja's is for HTML
+    environment.globals.update(raise_exception=raise_exception, strftime_now=TEMPLATE_DATE.strftime)
+    # {% generation %} .. {% endgeneration %} marks text for SFT masks: here a block without an effect.
+    return environment.from_string(re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", source))
 
 
 def _as_messages(question, system=None):
     """A fresh, checked list of messages; a question in plain text is one user message."""
     messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
-    if not (isinstance(messages, list) and all(
-            isinstance(m, dict) and m.get("role") in ("system", "user", "assistant")
-            and isinstance(m.get("content"), str) for m in messages) and messages and messages[-1]["role"] == "user"):
+    is_valid = isinstance(messages, list) and len(messages) > 0 and all(
+        isinstance(m, dict) and m.get("role") in ("system", "user", "assistant")
+        and isinstance(m.get("content"), str) for m in messages)
+    if not is_valid or messages[-1]["role"] != "user":
         raise ValueError("a question is text, or a list of {'role': 'system', 'user' or 'assistant', "
                          "'content': text} that ends with the user's message")
     if system and messages[0]["role"] != "system":
@@ -178,8 +165,8 @@ def _as_messages(question, system=None):
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-# Blank lines, line ends, sentence ends.
-_SEPARATORS = [re.compile(r"\n(?:[ \t\r]*\n)+"), re.compile(r"\n"), re.compile(r"[.!?][\"')\]]*\s+|[。！？]")]
+# Where episodes may end, the coarsest first: blank lines, line ends, sentence ends.
+_SEPARATORS = [re.compile(text) for text in (r"\n(?:[ \t\r]*\n)+", r"\n", r"[.!?][\"')\]]*\s+|[。！？]")]
 # 1,000 and LaTeX's 1{,}000 and 1,\!000 are one number each: neither 1 nor 000 is stated in them.
 _NUMBER = re.compile(r"[0-9]+(?:(?:,(?:\\!)?|\{,\})[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|\.[0-9]+")
 _GOLD_NUMBER = re.compile(rf"[\s$\\+−-]{{0,9}}({_NUMBER.pattern})[\s\\%]{{0,9}}")
@@ -189,20 +176,17 @@ _CLAIM = re.compile(r"(?:=|>>|\bis)[\s$\\*:(−-]{0,20}\Z")
 def find_cuts(trace, offsets, answer, question, max_episodes=10):
     """Token positions where an anchor of this trace may end: increasing, never 0, never the whole trace.
 
-    `offsets`: (start, end) of every token of the trace, in characters. Episodes end at blank lines; if none of
-    those is usable, at line ends; else at sentence ends; inside a token, at the nearest token end before. Usable
-    are ends that leave an episode over and precede the first statement of the answer: the first \\boxed or ####,
-    or the answer as a whole number or word (72 is in 72.00, not in 172, 72.5 or 7,200), which must stand behind
-    "=", ">>" or "is" if the question holds the answer too. Of more than max_episodes - 1 ends, those nearest to
-    equal shares of the tokens before the statement stay.
+    `offsets`: (start, end) of every token of the trace, in characters. Episodes end at blank lines; if none
+    is usable, at line ends; else at sentence ends; inside a token, at the nearest token end before. Usable
+    are ends that leave an episode over and precede the first statement of the answer: the first \\boxed or
+    ####, or the answer as a whole number or word (72 is in 72.00, not in 172, 72.5 or 7,200), which must be
+    behind "=", ">>" or "is" if the question holds the answer too. Of more than max_episodes - 1 ends, those
+    nearest to equal shares of the tokens before the statement stay.
 
     Two tokens a line; 12 is first stated on the third, so an anchor is one line (2 tokens) or two (4 tokens):
-
     >>> trace, offsets = "3*2 =6\\n6*2 =\\n12. So\\n", [(0, 3), (3, 7), (7, 10), (10, 13), (13, 15), (15, 20)]
     >>> find_cuts(trace, offsets, answer="12", question="3*2*2?")
     [2, 4]
-    >>> find_cuts(trace, offsets, answer="12", question="3*2*2?", max_episodes=2)
-    [2]
     """
     ends = [end for _, end in offsets]  # the byte tokens of one character all carry its end: none is split
     statement = _first_statement(trace, answer, question)
@@ -220,20 +204,21 @@ def find_cuts(trace, offsets, answer, question, max_episodes=10):
 
 def _first_statement(trace, answer, question):
     """Character position where the answer is first stated (see `find_cuts`); len(trace) if it never is."""
-    gold = _GOLD_NUMBER.fullmatch(answer)
-    gold = gold and float(re.sub("[^0-9.]", "", gold[1]))
-    words = r"\s*".join(re.escape(word) for word in answer.split())
-
-    def occurrences(text):  # a number is found by its value, anything else letter by letter
-        if gold is None:
-            return [match.start() for match in re.finditer(rf"(?<!\w){words}(?!\w)", text)]
-        return [match.start() for match in _NUMBER.finditer(text)
-                if float(re.sub("[^0-9.]", "", match[0])) == gold]
-
-    starts = occurrences(trace)
-    if occurrences(question):  # the search ends at `start`, so \Z in _CLAIM means "right in front of it"
+    starts = _occurrences(answer, trace)
+    if _occurrences(answer, question):  # \Z in _CLAIM is `start`, where the search ends
         starts = [start for start in starts if _CLAIM.search(trace, max(0, start - 30), start)]
-    return min(starts + [match.start() for match in re.finditer(r"\\boxed|####", trace)], default=len(trace))
+    starts += [match.start() for match in re.finditer(r"\\boxed|####", trace)]
+    return min(starts, default=len(trace))
+
+
+def _occurrences(answer, text):
+    """Where a text holds the answer: a number is found by its value, anything else letter by letter."""
+    gold = _GOLD_NUMBER.fullmatch(answer)
+    if gold is None:
+        words = r"\s*".join(re.escape(word) for word in answer.split())
+        return [match.start() for match in re.finditer(rf"(?<!\w){words}(?!\w)", text)]
+    value = float(re.sub("[^0-9.]", "", gold[1]))
+    return [m.start() for m in _NUMBER.finditer(text) if float(re.sub("[^0-9.]", "", m[0])) == value]
 
 
 @dataclass(frozen=True)
@@ -248,38 +233,34 @@ class Problem:
     trace: str
 
 
-def load_problems(path, tokenizer, max_episodes=10, max_tokens=None, skip_bad_lines=False, system=None, log=None):
+def load_problems(path, tokenizer, max_episodes=10, max_tokens=None, system=None, log=None):
     """Read a JSONL file (fields: top of this file) into a list of `Problem`s in file order.
 
-    `max_tokens`: rows whose prompt + trace are longer are skipped and counted, never cut. `system`: the system
-    message of rows without one. `log`: called with one line of text per skipped line, warning and summary.
-    Raises ValueError naming file, line and field of a bad line (skip_bad_lines: skips it), or if no row is left.
+    `max_tokens`: rows whose prompt + trace are longer are skipped and counted, never cut. `system`: for rows
+    without one. `log`: called with a summary. ValueError names a bad line, or says that no row is left.
     """
-    log, problems, num_bad = log or (lambda text: None), [], 0
-    lines = _read(Path(path), lambda data: data.removeprefix(b"\xef\xbb\xbf").split(b"\n"))
-    for number, line in enumerate(lines, 1):
+    problems = []
+    for number, line in enumerate(_read(Path(path), bytes).removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         try:
             if line.strip():
                 problems.append(_read_problem(line, number, tokenizer, max_episodes, system))
         except (ValueError, RecursionError) as error:
             reason = f"not JSON: {error.msg}" if isinstance(error, json.JSONDecodeError) else error
-            if not skip_bad_lines:
-                raise ValueError(f"{path}, line {number}: {reason}") from error
-            log(f"{path}, line {number}, skipped: {reason}")
-            num_bad += 1
+            raise ValueError(f"{path}, line {number}: {reason}") from error
     fitting = [problem for problem in problems
                if max_tokens is None or len(problem.prompt_ids) + len(problem.expert_ids) <= max_tokens]
-    summary = (f"{path}: {len(fitting)} problems, {num_bad} bad lines skipped, "
-               f"{len(problems) - len(fitting)} longer than {max_tokens} tokens skipped")
+    num_long = len(problems) - len(fitting)
+    summary = f"{path}: {len(fitting)} problems, {num_long} longer than {max_tokens} tokens skipped"
     if not fitting:
         raise ValueError(f"{summary}; one JSON object per line, short enough, is needed")
-    id, count = Counter(problem.id for problem in fitting).most_common(1)[0]
+    name, count = Counter(problem.id for problem in fitting).most_common(1)[0]
     if count > 1:
-        raise ValueError(f"{path}: the id {id!r} occurs {count} times; give every row its own, or none")
-    if repeated := sum(count > 1 for count in Counter(str(problem.question) for problem in fitting).values()):
-        log(f"warning: {path}: {repeated} questions occur more than once")
-    num_cuts = [len(problem.cuts) for problem in fitting]
-    log(f"{summary}; {sum(num_cuts) / len(fitting):.1f} cuts each, {num_cuts.count(0)} problems without a cut")
+        raise ValueError(f"{path}: the id {name!r} occurs {count} times; give every row its own, or none")
+    if log:
+        counts = Counter(str(problem.question) for problem in fitting).values()
+        num_cuts = [len(problem.cuts) for problem in fitting]
+        log(f"{summary}; {sum(count > 1 for count in counts)} questions occur more than once; "
+            f"{sum(num_cuts) / len(fitting):.1f} cuts each, {num_cuts.count(0)} without a cut")
     return fitting
 
 
@@ -287,20 +268,17 @@ def _read_problem(line, number, tokenizer, max_episodes, system):
     row = json.loads(line.decode("utf-8"))
     if not isinstance(row, dict):
         raise ValueError(f"a JSON {type(row).__name__}; one object per line is needed")
-    for field, value in row.items():
-        if re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
-            raise ValueError(f"field {field!r} holds a lone surrogate (\\ud800 to \\udfff): no character")
-    question_field, trace_field, answer_field = (
-        next((name for name in names if row.get(name) is not None), names[0]) for names in ALIASES.values())
-    question, trace, answer = row.get(question_field), row.get(trace_field), row.get(answer_field)
-    if trace is None and isinstance(answer, str) and "####" in answer:  # GSM8K, with marks such as <<48/2=24>>
-        trace = re.sub(r"<<[^<>\n]*>>", "", answer)
+    json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no character: ValueError
+    trace_field, trace = _field(row, "trace")
+    answer_field, answer = _field(row, "answer")
+    if trace is None and isinstance(answer, str) and "####" in answer:
+        trace = re.sub(r"<<[^<>\n]*>>", "", answer)  # GSM8K, with marks such as <<48/2=24>>
     trace = _text(trace_field, trace[0] if isinstance(trace, list) and trace else trace).strip()
-    while marker := next(filter(trace.endswith, tokenizer._markers), None):
-        trace = trace.removesuffix(marker).rstrip()
+    while endings := [token for token in tokenizer.special_texts if trace.endswith(token)]:
+        trace = trace.removesuffix(endings[0]).rstrip()
     if tokenizer.opens_thinking:
         trace = trace.removeprefix("<think>\n")
-    tokenizer._refuse_markers(trace, f"field {trace_field!r}")
+    tokenizer.refuse_special(trace, f"field {trace_field!r}")
     if answer is None:
         answer = trace if "####" in trace else _last_boxed(trace)
     elif type(answer) in (int, float):
@@ -308,16 +286,23 @@ def _read_problem(line, number, tokenizer, max_episodes, system):
     answer = _text(answer_field, answer).rpartition("####")[2].strip()
     if answer.lower() in ("", "nan", "inf", "-inf"):
         raise ValueError(f"field {answer_field!r} is {answer!r}; text or a finite number is needed")
-    system = _text("system", row["system"]) if row.get("system") else system
-    messages = _as_messages(question if isinstance(question, list) else _text(question_field, question), system)
+    question_field, question = _field(row, "question")
+    question = question if isinstance(question, list) else _text(question_field, question)
+    messages = _as_messages(question, _text("system", row["system"]) if row.get("system") else system)
     asked = "\n".join(message["content"] for message in messages)
-    encoding = tokenizer._encoding(trace)
-    if not encoding.ids or not {*encoding.ids}.isdisjoint(tokenizer.stop_token_ids):
+    encoding = tokenizer.encoding(trace)
+    if not encoding.ids or not set(encoding.ids).isdisjoint(tokenizer.stop_token_ids):
         raise ValueError(f"field {trace_field!r} is empty, or holds a stop token")
     cuts = find_cuts(trace, encoding.offsets, answer, asked, max_episodes)
-    id = str(number if row.get("id") is None else row["id"])
+    name = str(number if row.get("id") is None else row["id"])
     question = messages if len(messages) > 1 else asked
-    return Problem(id, tokenizer.render(messages), encoding.ids, cuts, answer, question, trace)
+    return Problem(name, tokenizer.render(messages), encoding.ids, cuts, answer, question, trace)
+
+
+def _field(row, name):
+    """(the alias under which a row has a field, its value); (our name, None) if it has none."""
+    found = [alias for alias in ALIASES[name] if row.get(alias) is not None]
+    return (found[0], row[found[0]]) if found else (name, None)
 
 
 def _text(field, value):
@@ -329,8 +314,7 @@ def _text(field, value):
 
 def _last_boxed(text):
     """What the last \\boxed{..} holds, up to its own closing brace; None if there is none."""
-    start, depth = text.rfind("\\boxed{") + 7, 0
-    for end in range(start, len(text) if start > 6 else 0):
-        depth += (text[end] == "{") - (text[end] == "}")
-        if depth < 0:
-            return text[start:end]
+    _, box, rest = text.rpartition("\\boxed{")
+    depths = accumulate((char == "{") - (char == "}") for char in rest)
+    ends = [end for end, depth in enumerate(depths) if depth < 0]
+    return rest[:ends[0]] if box and ends else None

@@ -3,28 +3,18 @@
 Most claims are shown on cases written here; those about MATH-500, GSM8K and the public verifier suites need
 `../shared/data` beside the repository and are skipped without it.
 """
-
-import doctest
 import json
 import random
 import re
-import threading
 import time
-from pathlib import Path
 
 import pytest
 
-import rewards
+from conftest import ROOT, read_lines
 from rewards import MAX_ANSWER, MAX_TEXT, answers_match, extract_answer, math_reward, parse_gold
 
-DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no ../shared/data beside the repository")
-
-
-def read_gsm8k(split):
-    """The raw answers of GSM8K: human reasoning, then `#### ` and the gold answer."""
-    lines = (DATA / "gsm8k" / f"{split}.jsonl").read_text(encoding="utf-8").split("\n")
-    return [json.loads(line)["answer"] for line in lines if line]
 
 
 def read_math500():
@@ -32,40 +22,20 @@ def read_math500():
     return json.loads((DATA / "math500" / "math500_test.json").read_text(encoding="utf-8"))
 
 
-def test_docstring_examples_run():
-    """Every example in a docstring of rewards.py gives what it says."""
-    result = doctest.testmod(rewards)
-    assert result.attempted >= 5 and result.failed == 0
-
-
 # ---- Extraction
 
 @pytest.mark.parametrize("text, answer", [
-    (r"so \boxed{5}", "5"),
-    (r"\fbox{5}", "5"),
-    (r"it is $\boxed 5$.", "5"),
-    (r"it is $\boxed5$.", "5"),
-    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-    (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
-    (r"\boxed{x = \boxed{5}}", "5"),
-    (r"} \boxed{5} {", "5"),
-    ("\\boxed\n{5}", "5"),
-    ("#### 72", "72"),
-    ("####72", "72"),
-    ("#### 1,000\n\nIs there anything else?", "1,000"),
-    ("#### 3\n#### 4", "4"),
-    ("#### 5<|im_end|>", "5"),
-    ("#### 72\nThe answer is 73.", "72"),
+    (r"so \boxed{5}", "5"), (r"\fbox{5}", "5"), (r"it is $\boxed 5$.", "5"), (r"it is $\boxed5$.", "5"),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+    (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."), (r"\boxed{x = \boxed{5}}", "5"),
+    (r"} \boxed{5} {", "5"), ("\\boxed\n{5}", "5"),
+    ("#### 72", "72"), ("####72", "72"), ("#### 1,000\n\nIs there anything else?", "1,000"),
+    ("#### 3\n#### 4", "4"), ("#### 5<|im_end|>", "5"), ("#### 72\nThe answer is 73.", "72"),
     (r"#### 72 or rather \boxed{73}", "73"),
-    ("The answer is 5. I am sure.", "5"),
-    ("The answer is: 5.5.", "5.5."),
-    ("**Final answer:** (3, 4)", "(3, 4)"),
-    ("The answer is\n\\[\n9\n\\]", "9"),
-    ("<answer>5</answer>", "5"),
+    ("The answer is 5. I am sure.", "5"), ("The answer is: 5.5.", "5.5."), ("<answer>5</answer>", "5"),
+    ("**Final answer:** (3, 4)", "(3, 4)"), ("The answer is\n\\[\n9\n\\]", "9"),
     ("<answer> 4 </answer> no, <answer> 5 </answer>", "5"),
-    ("<think>\\boxed{4}</think> \\boxed{5}", "5"),
-    ("\\boxed{4}</think>#### 5", "5"),
+    ("<think>\\boxed{4}</think> \\boxed{5}", "5"), ("\\boxed{4}</think>#### 5", "5"),
 ])
 def test_the_committed_answer_is_found(text, answer):
     """The last box wins, then the last `####`, then the last "answer is", all after the thinking."""
@@ -114,8 +84,9 @@ SAME = [
     ("(-∞, 2)", r"(-\infty,2)"),
     ("north", r"\text{North}"), ("C", r"\text{(C)}"), ("No solution.", r"\text{no solution}"),
     (r"\begin{pmatrix} -\frac13 \\2 \end{pmatrix}", r"\begin{pmatrix} -1/3 \\ 2 \end{pmatrix}"),
+    # a wrong verdict that we know of: a product of three letters behind a blank reads as a unit
+    ("2 xyz", "2"),
 ]
-
 DIFFERENT = [
     # near misses
     ("5", "-5"), ("0.333", "1/3"), ("3.14", r"\pi"), ("28", "0.28"), ("1 2", "12"), ("1,2", "12"),
@@ -135,44 +106,24 @@ DIFFERENT = [
     # words and names that change the value
     ("5 million", "5"), ("3 fourths", "3"), ("5 squared", "5"), ("5 cm", "5 miles"), ("x=5", "y=5"),
     (r"2\text{i}", "2"), (r"\sqrt{x}=5", "5"), (r"\frac{1}{x}=5", "5"), ("5x+4=0", "0"), ("5 xy", "5"),
-    (r"2\sin 3", "2"), ("4 mod n", "4"), ("5 apples 0", "50"),
-    (r"2\mathbf{i}", "2"),
+    (r"2\sin 3", "2"), ("4 mod n", "4"), ("5 apples 0", "50"), (r"2\mathbf{i}", "2"),
     # sums are reordered only where that is sound
     ("x+y=2", "y=2+x"), ("x^{-2}-y^{-3}", "x^{-3}-y^{-2}"), ("2020-01-02", "2020-02-01"), ("a-b", "b-a"),
     ("r^2", "R^2"), ("2k", "2K"), (r"\sqrt\frac12", r"\sqrt{1}/2"), (r"x^\frac12", "x^1/2"),
     # what int(), float() and Fraction() would take, and division by zero
     ("٣", "3"), ("５", "5"), ("1_000", "1000"), ("1/0", "0"), ("0/0", "0"), ("nan", "nan"), ("inf", "inf"),
+    # wrong verdicts that we know of: no algebra, coefficients stay put, as many names as the gold or none
+    ("e^{-x}", r"\frac{1}{e^x}"), (r"\frac{3}{4}\sqrt{3}", r"\frac{3\sqrt{3}}{4}"),
+    (r"x=2 \text{ or } x=-2", r"x = \pm 2"),
 ]
 
 
-@pytest.mark.parametrize("given, gold", SAME)
-def test_other_spellings_of_an_answer_match(given, gold):
-    """One value written in two usual ways is one answer, whichever of the two is the gold."""
-    assert answers_match(given, gold) and answers_match(gold, given)
-    assert math_reward(rf"Hence $\boxed{{{given}}}$.", gold) == 1.0
-
-
-@pytest.mark.parametrize("given, gold", DIFFERENT)
-def test_wrong_answers_do_not_match(given, gold):
-    """Near misses, hedges, unfinished work and look-alikes are not rewarded, whichever side is the gold."""
-    assert not answers_match(given, gold) and not answers_match(gold, given)
-    assert math_reward(rf"Hence $\boxed{{{given}}}$.", gold) == 0.0
-
-
-# Wrong verdicts that we know of; each is here so that a change of behaviour shows.
-KNOWN_MISSES = {
-    ("e^{-x}", r"\frac{1}{e^x}"): "no algebra",
-    (r"\frac{3}{4}\sqrt{3}", r"\frac{3\sqrt{3}}{4}"): "coefficients stay where they were written",
-    (r"x=2 \text{ or } x=-2", r"x = \pm 2"): "as many names as the gold, or none",
-    ("7, 5, 3", "3, 5, 7"): "bare lists are ordered, as in hendrycks/math",
-}
-KNOWN_FALSE_MATCHES = {("2 xyz", "2"): "a product of three letters behind a blank reads as a unit"}
-
-
-def test_known_wrong_verdicts_are_still_the_only_ones():
-    """The listed misses still miss and the listed false matches still match: no list outlives its reason."""
-    assert [pair for pair in KNOWN_MISSES if answers_match(*pair)] == []
-    assert [pair for pair in KNOWN_FALSE_MATCHES if not answers_match(*pair)] == []
+@pytest.mark.parametrize("given, gold, reward", [
+    *((given, gold, 1.0) for given, gold in SAME), *((given, gold, 0.0) for given, gold in DIFFERENT)])
+def test_one_value_in_two_spellings_matches_and_nothing_else_does(given, gold, reward):
+    """Near misses, hedges, unfinished work and look-alikes earn nothing; either side may be the gold."""
+    assert answers_match(given, gold) == answers_match(gold, given) == bool(reward)
+    assert math_reward(rf"Hence $\boxed{{{given}}}$.", gold) == reward
 
 
 # ---- Gold answers
@@ -202,41 +153,26 @@ def test_unusable_gold_answers_are_refused(answer):
 
 MILLION = 10**6
 HOSTILE = {
-    "a million letters": "a" * MILLION,
-    "a million digits": r"\boxed{" + "9" * MILLION + "}",
-    "digits up to the cap": r"\boxed{" + "9" * MAX_ANSWER + "}",
-    "a power tower": r"\boxed{9**9**9}",
-    "a LaTeX power tower": r"\boxed{2003^{2002^{2001}}}",
-    "a huge exponent": r"\boxed{1e999999999}",
-    "a negative huge exponent": r"\boxed{1e-999999999}",
-    "open braces": "{" * MILLION,
-    "closed braces": "}" * MILLION,
-    "backslashes": "\\" * MILLION,
-    "unfinished boxes": r"\boxed{" * 100_000,
-    "nested boxes": r"\boxed{" * 10_000 + "6" + "}" * 10_000,
+    "a million letters": "a" * MILLION, "a million digits": r"\boxed{" + "9" * MILLION + "}",
+    "digits up to the cap": r"\boxed{" + "9" * MAX_ANSWER + "}", "a power tower": r"\boxed{9**9**9}",
+    "a LaTeX power tower": r"\boxed{2003^{2002^{2001}}}", "Python": r"\boxed{exit(5)}",
+    "a huge exponent": r"\boxed{1e999999999}", "a negative huge exponent": r"\boxed{1e-999999999}",
+    "open braces": "{" * MILLION, "closed braces": "}" * MILLION, "backslashes": "\\" * MILLION,
+    "unfinished boxes": r"\boxed{" * 100_000, "nested boxes": r"\boxed{" * 10_000 + "6" + "}" * 10_000,
     "a hundred thousand boxes": r"\boxed{5}" * 100_000 + r"\boxed{6}",
     "boxes without a brace": (r"\boxed" + " " * 9) * 60_000,
-    "hash marks": "#" * MILLION,
-    "markers": "#### " * 200_000,
-    "answer is": "answer is " * 100_000,
+    "hash marks": "#" * MILLION, "markers": "#### " * 200_000, "answer is": "answer is " * 100_000,
     "almost answer is": "answer" * 160_000 + " " * 40_000,
-    "thinking": "<think>" * 140_000,
-    "thoughts ended": "</think>" * 120_000,
+    "thinking": "<think>" * 140_000, "thoughts ended": "</think>" * 120_000,
     "nested parentheses": r"\boxed{" + "(" * 149 + "1" + ")" * 149 + "}",
     "nested lists": r"\boxed{" + "[" * 149 + "1" + "]" * 149 + "}",
     "deeper than the cap": r"\boxed{" + "(" * 100_000 + "5" + ")" * 100_000 + "}",
     "nested fractions": r"\boxed{" + r"\frac{1}{" * 30 + "2" + "}" * 31,
-    "plus-minus": r"\boxed{" + "±" * 299 + "}",
-    "many sets": r"\boxed{\{" + "1," * 140 + r"\}}",
-    "blanks": r"\boxed{" + " " * 299 + "}",
-    "names": r"\boxed{" + "x=" * 149 + "}",
-    "units": r"\boxed{5" + " abc" * 74 + "!}",
-    "thousands": r"\boxed{" + "1,000" * 59 + "!}",
-    "a zero denominator": r"\boxed{5/0}",
-    "Arabic digits": r"\boxed{٥}",
-    "a lone surrogate": "\\boxed{\ud800}",
-    "null bytes": "\0" * MILLION,
-    "line ends": "\r\n" * 500_000,
+    "plus-minus": r"\boxed{" + "±" * 299 + "}", "many sets": r"\boxed{\{" + "1," * 140 + r"\}}",
+    "blanks": r"\boxed{" + " " * 299 + "}", "names": r"\boxed{" + "x=" * 149 + "}",
+    "units": r"\boxed{5" + " abc" * 74 + "!}", "thousands": r"\boxed{" + "1,000" * 59 + "!}",
+    "a zero denominator": r"\boxed{5/0}", "Arabic digits": r"\boxed{٥}", "line ends": "\r\n" * 500_000,
+    "a lone surrogate": "\\boxed{\ud800}", "null bytes": "\0" * MILLION,
 }
 
 
@@ -250,15 +186,11 @@ def test_hostile_text_is_judged_in_bounded_time(name):
     parse_gold(HOSTILE[name])
 
 
-def test_a_hundred_thousand_boxes_have_one_answer():
-    """Boxing every candidate earns nothing: only the last box counts."""
+def test_only_the_last_box_within_the_window_counts():
+    """Boxing every candidate earns nothing; a completion is read from its end, up to MAX_TEXT characters."""
     boxes = "".join(rf"\boxed{{{n}}}" for n in range(20_000))
     assert math_reward(boxes, "19999") == 1.0
     assert math_reward(boxes, "19998") == 0.0
-
-
-def test_text_before_the_window_is_not_read():
-    """A completion is read from its end; a box more than MAX_TEXT characters before that does not count."""
     assert math_reward(r"\boxed{5}" + " " * (MAX_TEXT - 9), "5") == 1.0
     assert math_reward(r"\boxed{5}" + " " * MAX_TEXT, "5") == 0.0
 
@@ -276,23 +208,6 @@ def test_random_latex_never_raises_and_matching_is_symmetric():
         if parse_gold(given) == given and parse_gold(gold) == gold:
             assert answers_match(given, given)
             assert answers_match(given, gold) == answers_match(gold, given)
-
-
-def test_checker_works_outside_the_main_thread():
-    """There is no signal or alarm in the way of a reward that is computed in a worker thread."""
-    results = []
-    thread = threading.Thread(target=lambda: results.append(math_reward(r"\boxed{5}", "5")))
-    thread.start()
-    thread.join()
-    assert results == [1.0]
-
-
-def test_nothing_is_evaluated_or_swallowed():
-    """The source has no eval, no parser of Python or algebra, and no except clause that could hide a bug."""
-    source = Path(rewards.__file__).read_text(encoding="utf-8")
-    assert re.findall(r"\b(?:eval|exec|literal_eval|sympify|except|signal)\b\s*[(:E]", source) == []
-    imported = re.findall(r"^(?:from|import) (\w+)", source, re.M)
-    assert set(imported) == {"re", "collections", "fractions", "itertools"}
 
 
 # ---- Public suites and data sets
@@ -315,23 +230,16 @@ def test_public_verifier_cases_agree_except_the_listed():
         given = extract_answer(case["answer"]) or case["answer"]
         if case["equal"] is not None and answers_match(given, case["gold"]) != case["equal"]:
             differing.add((case["gold"], case["answer"]))
-    assert len(cases) == 67
-    assert differing == set(PUBLIC_LIMITATIONS)
+    assert len(cases) == 67 and differing == PUBLIC_LIMITATIONS.keys()
 
 
 @needs_data
-def test_every_human_solution_of_math500_is_rewarded():
-    """All 500 solutions of MATH-500 get 1.0, and all 500 gold answers are usable."""
+def test_on_math500_human_solutions_are_rewarded_and_one_changed_digit_is_not():
+    """All 500 solutions get 1.0 against their gold answers; with any one digit changed, a box gets 0."""
     problems = read_math500()
-    assert len(problems) == 500
-    assert [p["answer"] for p in problems if math_reward(p["solution"], p["answer"]) != 1.0] == []
-
-
-@needs_data
-def test_one_changed_digit_costs_the_reward_on_math500():
-    """Replacing one digit of a boxed answer by the next makes it wrong, in every answer that has a digit."""
+    assert [math_reward(problem["solution"], problem["answer"]) for problem in problems] == [1.0] * 500
     wrongly_rewarded = []
-    for gold in {problem["answer"] for problem in read_math500()}:
+    for gold in {problem["answer"] for problem in problems}:
         for digit in re.finditer("[0-9]", gold):
             changed = gold[:digit.start()] + str((int(digit[0]) + 1) % 10) + gold[digit.end():]
             if math_reward(rf"\boxed{{{changed}}}", gold):
@@ -352,19 +260,12 @@ def test_only_respelled_answers_of_math500_match_each_other():
 
 @needs_data
 @pytest.mark.parametrize("split, count", [("train", 7473), ("test", 1319)])
-def test_every_human_answer_of_gsm8k_is_rewarded(split, count):
-    """All raw GSM8K answers, train and test, get 1.0 against the number after their `####`."""
-    answers = read_gsm8k(split)
-    assert len(answers) == count
-    assert [a for a in answers if math_reward(a, a.rpartition("#### ")[2]) != 1.0] == []
-
-
-@needs_data
-def test_answers_of_other_gsm8k_problems_are_not_rewarded():
-    """Against shuffled gold answers of GSM8K's test set, the reward is 1.0 just where the integers agree."""
-    answers = read_gsm8k("test")
+def test_on_gsm8k_human_answers_are_rewarded_and_those_of_other_problems_are_not(split, count):
+    """1.0 against the number behind their own `####`, and against a random problem's just if it is the same."""
+    answers = [row["answer"] for row in read_lines(DATA / "gsm8k" / f"{split}.jsonl")]
     golds = [answer.rpartition("#### ")[2] for answer in answers]
-    shuffled = random.Random(0).sample(golds, len(golds))
-    for answer, gold, other in zip(answers, golds, shuffled):
+    assert [math_reward(answer, gold) for answer, gold in zip(answers, golds)] == [1.0] * count
+    others = random.Random(0).sample(golds, len(golds))
+    for answer, gold, other in zip(answers, golds, others):
         same = int(gold.replace(",", "")) == int(other.replace(",", ""))
         assert math_reward(answer, other) == float(same)
