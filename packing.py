@@ -1,4 +1,4 @@
-"""The training pass for rollouts that share a context: the context runs through the network once, with gradient.
+"""The training pass for rollouts that share a context, which runs through the network once, with gradient.
 
     context  a b c d        completions  e f g          one group: G = 2 rows behind the context a b c d
                                          h
@@ -7,69 +7,122 @@
     phase 2:       d e f -> predicts e f g              forward_suffixes: [prefix K/V ; own K/V], row by row
                    d     -> predicts h
 
-The context's last token opens every row, so each position of phase 2 predicts one token of a completion, and of
-phase 1 nothing but K/V is needed. Tokens through the network: P + G R instead of G (P + R).
+The context's last token opens every row, so each position of phase 2 predicts one token of a completion, and
+of phase 1 nothing but K/V is needed. Tokens through the network: P + G R instead of G (P + R).
 
 Gradients are exact. Phase 2 reads the K/V as detached leaves, which collect its gradients over as many
 micro-batches as it takes; `Prefixes.backward` then sends the sum through phase 1, once. Same schedule in
-arXiv 2606.01143; layouts that put prefix and rows into one sequence, as arXiv 2506.05433, need both in one pass.
+arXiv 2606.01143; layouts that put prefix and rows into one sequence (arXiv 2506.05433) need both in one pass.
 
 Works with any model that has `model(tokens_BT, positions_BT, cache) -> hidden_BTD` and calls
-`cache.attend(layer, q_BHTC, k_BKTC, v_BKTC) -> out_BHTC` in its layers. attend may be called again for a layer, as
-torch.utils.checkpoint does in the backward pass. Only torch is imported.
+`cache.attend(layer, q_BHTC, k_BKTC, v_BKTC) -> out_BHTC` in its layers; a layer may run again, as
+torch.utils.checkpoint makes it in the backward pass.
 
-Dimension key: G rows of a call   P tokens of their prefix   R tokens of the longest   S = P + R   N tokens end to end
+Dimension key: G rows of a call   P tokens of their prefix   R tokens of the longest   N tokens end to end
     H query heads   K key/value heads   C head size   B, T, D as in the model
 """
-import itertools
+import dataclasses
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 
-class Prefixes:
-    """Phase 1: K/V of token-id sequences, run through the model once. A sequence may be empty.
+@dataclasses.dataclass
+class Batch:
+    """A micro-batch: N sampled tokens of some rollouts, end to end."""
+    rollouts: list
+    rows: list                      # per rollout: (which prefix, input ids), see `forward_suffixes`
+    targets_N: torch.Tensor
+    old_logprobs_N: torch.Tensor    # when they were drawn, in nats
+    advantages_N: torch.Tensor | None = None
+    weights_N: torch.Tensor | None = None  # what a token counts in the loss
+    reference_N: torch.Tensor | None = None
 
-    Sequences are packed end to end, sorted by length. Under torch.no_grad there is nothing to call backward on.
-    The activations live until `backward`, so make one per pack of micro-batches, not one per step.
+    def expand(self, values):
+        """A number per rollout, repeated for each of its tokens: (N,) float32."""
+        lengths = torch.tensor([len(rollout.completion_ids) for rollout in self.rollouts])
+        return torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths).to(self.targets_N.device)
+
+
+def make_batches(rollouts, max_rows, weight_of, device):
+    """Micro-batches of rollouts that run behind the same prefixes: yields ([prefix ids, ...], [Batch, ...]).
+
+    A rollout has prompt_ids, anchor_ids, completion_ids, logprobs (one for each of these) and advantage;
+    weight_of(rollout) is what each of its tokens counts. One batch of `max_rows` holds several contexts, or
+    several batches hold one context with more rollouts.
+    """
+    members = {}  # context: its rollouts
+    for rollout in rollouts:
+        members.setdefault(tuple(rollout.prompt_ids + rollout.anchor_ids), []).append(rollout)
+    packs = []
+    room = 0
+    for context, group in sorted(members.items(), key=lambda item: len(item[0])):
+        if len(group) > room:
+            packs.append([])
+            room = max_rows
+        packs[-1].append((context, group))  # of like length, so that phase 1 is balanced
+        room -= len(group)
+    for pack in packs:
+        rows = []  # of a context the longest first, as `layout` wants them
+        for i, (context, group) in enumerate(pack):
+            for rollout in sorted(group, key=lambda rollout: -len(rollout.completion_ids)):
+                rows.append((i, context, rollout))
+        parts = [rows[begin:begin + max_rows] for begin in range(0, len(rows), max_rows)]
+        batches = [make_batch(part, weight_of, device) for part in parts]
+        yield [list(context[:-1]) for context, _ in pack], batches
+
+
+def make_batch(rows, weight_of, device):
+    """[(which prefix, context, rollout), ...] -> Batch. Inputs begin with the last token of the context:
+
+        context  q q q e e           completion  o o o s         (s: the stop token, an action like any other)
+        prefix   q q q e             input       e o o o
+                                     target      o o o s
+    """
+    rollouts = [rollout for _, _, rollout in rows]
+    inputs = [(i, [context[-1], *rollout.completion_ids[:-1]]) for i, context, rollout in rows]
+    targets = [token for rollout in rollouts for token in rollout.completion_ids]
+    logprobs = [logprob for rollout in rollouts for logprob in rollout.logprobs]
+    targets_N = torch.tensor(targets, device=device)
+    batch = Batch(rollouts, inputs, targets_N, old_logprobs_N=torch.tensor(logprobs, device=device))
+    batch.advantages_N = batch.expand([rollout.advantage or 0.0 for rollout in rollouts])
+    batch.weights_N = batch.expand([weight_of(rollout) for rollout in rollouts])
+    return batch
+
+
+class Prefixes:
+    """Phase 1: K/V of token-id sequences, packed end to end and run through the model once. One may be empty.
+
+    The activations live until `backward`, so make one per pack of micro-batches, not one per step. Under
+    torch.no_grad there is nothing to call backward on.
     """
 
     def __init__(self, model, sequences):
         self.lengths = [len(sequence) for sequence in sequences]
-        self.order = sorted((i for i, length in enumerate(self.lengths) if length), key=self.lengths.__getitem__)
-        self.packed_lengths = [self.lengths[i] for i in self.order]
-        self.roots, self.leaves = [], []  # per layer: (k_NKC, v_NKC) in the graph of phase 1, and cut off from it
-        if self.order:
+        self.roots = []   # per layer: keys (K, P, C) of every sequence, then their values, with their graph
+        self.leaves = []  # the same, cut off from it
+        if any(self.lengths):
             device = next(model.parameters()).device
-            tokens_N = torch.tensor([token for i in self.order for token in sequences[i]], device=device)
-            positions_N = torch.cat([torch.arange(length, device=device) for length in self.packed_lengths])
+            tokens_N = torch.tensor([token for sequence in sequences for token in sequence], device=device)
+            positions_N = torch.cat([torch.arange(length, device=device) for length in self.lengths])
             model(tokens_N[None], positions_N[None], self)
 
     def attend(self, layer, q_BHTC, k_BKTC, v_BKTC):
         """Keep the K/V of the packed row (B = 1); attention is causal inside each sequence."""
+        # split, not slices: its backward pass is one concatenation.
+        queries, keys, values = (x[0].split(self.lengths, 1) for x in (q_BHTC, k_BKTC, v_BKTC))
         if layer == len(self.roots):  # not when activations are recomputed: those K/V belong to no graph
-            self.roots.append(tuple(x[0].transpose(0, 1) for x in (k_BKTC, v_BKTC)))
-            self.leaves.append(tuple(x.detach().requires_grad_(x.requires_grad) for x in self.roots[-1]))
-        # Neighbours of equal length are one call. split, not slices: its backward pass is one concatenation.
-        shapes = [(len(list(same)), length) for length, same in itertools.groupby(self.packed_lengths)]
-        parts = zip(*(x[0].split([count * length for count, length in shapes], 1) for x in (q_BHTC, k_BKTC, v_BKTC)))
-        outs = [F.scaled_dot_product_attention(*(x.unflatten(1, shape).transpose(0, 1) for x in part), is_causal=True,
-                                               enable_gqa=True).transpose(0, 1).flatten(1, 2)
-                for shape, part in zip(shapes, parts)]
-        return torch.cat(outs, 1).unsqueeze(0)
-
-    def pieces(self, layer):
-        """{i: (k_PKC, v_PKC)} of a layer: views of the leaves. Empty sequences are left out."""
-        if not self.order:
-            return {}
-        return dict(zip(self.order, zip(*(leaf_NKC.split(self.packed_lengths) for leaf_NKC in self.leaves[layer]))))
+            self.roots.append(keys + values)
+            self.leaves.append([x.detach().requires_grad_(x.requires_grad) for x in keys + values])
+        outs = [F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)
+                for q, k, v in zip(queries, keys, values) if q.shape[1]]
+        return torch.cat(outs, 2)
 
     def backward(self):
         """Send the gradients that phase 2 left on the K/V through phase 1: once, after the last micro-batch.
 
-        Without this call the parameters lack the context's part of the gradient, and nothing says so. A second call
-        is an error of autograd: the first has freed the graph.
+        Without this call the parameters lack the context's part of the gradient, and nothing says so.
         """
         pairs = [(root, leaf.grad) for roots, leaves in zip(self.roots, self.leaves)
                  for root, leaf in zip(roots, leaves) if leaf.grad is not None]
@@ -78,15 +131,15 @@ class Prefixes:
 
 
 def forward_suffixes(model, prefixes, rows):
-    """Phase 2: hidden states of rows that continue a prefix: list of (index of the prefix, token ids) -> hidden_ND.
+    """Phase 2: hidden states of rows behind prefixes: [(index of the prefix, token ids), ...] -> hidden_ND.
 
-    Packed row by row in the given order, without padding; any order, any number of rows per prefix, and the rows of
-    a prefix may come in several calls. Raises ValueError for a row without tokens or of an unknown prefix.
+    Packed row by row in the given order, without padding; the rows of a prefix may come in several calls.
+    Raises ValueError for a row without tokens or of an unknown prefix.
     """
     for number, (i, ids) in enumerate(rows):
         if not ids or not 0 <= i < len(prefixes.lengths):
-            raise ValueError(f"row {number}: {len(ids)} tokens behind prefix {i}; it needs at least one token and a "
-                             f"prefix from 0 to {len(prefixes.lengths) - 1}")
+            raise ValueError(f"row {number}: {len(ids)} tokens behind prefix {i}; it needs a token or more "
+                             f"and a prefix from 0 to {len(prefixes.lengths) - 1}")
     positions, places, calls = layout(prefixes.lengths, rows)
     device = next(model.parameters()).device
     tokens_N = torch.tensor([token for _, ids in rows for token in ids], device=device)
@@ -95,61 +148,61 @@ def forward_suffixes(model, prefixes, rows):
 
 
 def layout(prefix_lengths, rows):
-    """Which attention calls serve the rows: (positions of the packed tokens, their places among the padded rows of
-    all calls, the calls (index of the prefix, G, R)).
+    """Which attention calls serve the rows: (positions of the packed tokens, their places among the padded
+    rows of all calls, the calls (index of the prefix, G, R)).
 
-    A call takes the rows of one prefix, but none shorter than half its longest: so less than half is padding. Below,
-    prefix 0 of 4 tokens has the rows 7 8 9, 6 and 1 2; prefix 1 of 2 tokens has the row 5.
+    A call takes neighbours of one prefix, none longer than its first and none shorter than half of it: less
+    than half is padding, and rows of falling length need few calls.
 
-        packed  7 8 9 6 5 1 2        calls  7 8 9     6     5
-                                            1 2 .
+        packed  7 8 9 1 2 6 5        calls  7 8 9     6     5          prefix 0 of 4 tokens: 7 8 9, 1 2, 6
+                                            1 2 .                      prefix 1 of 2 tokens: 5
 
-    >>> layout([4, 2], [(0, [7, 8, 9]), (0, [6]), (1, [5]), (0, [1, 2])])
-    ([4, 5, 6, 4, 2, 4, 5], [0, 1, 2, 6, 7, 3, 4], [(0, 2, 3), (0, 1, 1), (1, 1, 1)])
+    >>> layout([4, 2], [(0, [7, 8, 9]), (0, [1, 2]), (0, [6]), (1, [5])])
+    ([4, 5, 6, 4, 5, 4, 2], [0, 1, 2, 3, 4, 6, 7], [(0, 2, 3), (0, 1, 1), (1, 1, 1)])
     """
-    longest, members, calls, starts, place = {}, {}, [], {}, 0
-    for number in sorted(range(len(rows)), key=lambda number: (rows[number][0], -len(rows[number][1]))):
-        i, ids = rows[number]
-        if 2 * len(ids) < longest.setdefault(i, len(ids)):
-            longest[i] = len(ids)
-        members.setdefault((i, longest[i]), []).append(number)
-    for (i, R), numbers in members.items():
-        calls.append((i, len(numbers), R))
-        starts |= {number: place + row * R for row, number in enumerate(numbers)}
-        place += len(numbers) * R
-    positions = [prefix_lengths[i] + t for i, ids in rows for t in range(len(ids))]
-    places = [starts[number] + t for number, (_, ids) in enumerate(rows) for t in range(len(ids))]
+    positions, places = [], []
+    calls = []
+    start = 0  # of the row's padded place
+    for i, ids in rows:
+        if not calls or calls[-1][0] != i or not len(ids) <= calls[-1][2] <= 2 * len(ids):
+            calls.append((i, 0, len(ids)))
+        _, G, R = calls[-1]  # R is the length of its first row
+        calls[-1] = (i, G + 1, R)
+        positions += range(prefix_lengths[i], prefix_lengths[i] + len(ids))
+        places += range(start, start + len(ids))
+        start += R
     return positions, places, calls
 
 
 class Suffixes:
-    """The cache of phase 2. It stores nothing: a layer may run any number of times.
-
-    Only attention is padded. With 8 rows of 20 to 70 tokens behind each of 8 prefixes this takes 6 % of phase 2
-    (1.1M parameters, one CPU core); all rows of a prefix padded to its longest, it was 10 %.
-    """
+    """The cache of phase 2. It stores nothing: a layer may run any number of times."""
 
     def __init__(self, prefixes, places_N, calls):
-        self.prefixes, self.places_N, self.calls = prefixes, places_N, calls
-        self.sizes = [G * R for _, G, R in calls]
+        self.prefixes = prefixes
+        self.places_N = places_N
+        self.calls = calls
 
     def attend(self, layer, q_BHTC, k_BKTC, v_BKTC):
         """Each row inside the packed row (B = 1) attends to [its prefix ; itself], causally."""
-        pieces, outs = self.prefixes.pieces(layer), []
-        for (i, G, R), *own in zip(self.calls, *map(self.pad, (q_BHTC, k_BKTC, v_BKTC))):
-            q_GRHC, k_GSKC, v_GSKC = (x.unflatten(0, (G, R)) for x in own)
-            if i in pieces:
-                k_GSKC, v_GSKC = (torch.cat((prefix_PKC.expand(G, -1, -1, -1), x), 1)
-                                  for prefix_PKC, x in zip(pieces[i], (k_GSKC, v_GSKC)))
-            # Queries end where keys end: the causal mode of flash attention, and on the CPU an (R, P + R) mask.
+        outs = []
+        for (i, G, R), q, k, v in zip(self.calls, self.pad(q_BHTC), self.pad(k_BKTC), self.pad(v_BKTC)):
+            # (G * R, heads, C) -> (G, heads, R, C)
+            q, k, v = (x.unflatten(0, (G, R)).transpose(1, 2) for x in (q, k, v))
+            # Every row sees its prefix, which is stored once: expand copies nothing, the concatenation does.
+            if self.prefixes.lengths[i]:
+                leaves = self.prefixes.leaves[layer]
+                k = torch.cat((leaves[i].expand(G, -1, -1, -1), k), 2)
+                v = torch.cat((leaves[i + len(self.prefixes.lengths)].expand(G, -1, -1, -1), v), 2)
+            # Queries end where keys end: the causal mode of flash attention, on the CPU an (R, P + R) mask.
             # Padding is to the right, so no real token sees it.
-            out_GHRC = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q_GRHC, k_GSKC, v_GSKC)),
-                                                      causal_lower_right(R, k_GSKC.shape[1]), enable_gqa=True)
-            outs.append(out_GHRC.transpose(1, 2).flatten(0, 1))
+            out = F.scaled_dot_product_attention(q, k, v, causal_lower_right(R, k.shape[2]), enable_gqa=True)
+            outs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outs).index_select(0, self.places_N).transpose(0, 1).unsqueeze(0)
 
     def pad(self, x_BHTC):
-        """The packed row as one (G * R, H, C) per call. A copy into zeros: the backward pass of a gather with repeats
-        would add with atomics."""
+        """The packed row as one (G * R, H, C) per call. A copy into zeros: the backward pass of a gather with
+        repeats would add with atomics."""
         x_NHC = x_BHTC[0].transpose(0, 1)
-        return x_NHC.new_zeros(sum(self.sizes), *x_NHC.shape[1:]).index_copy(0, self.places_N, x_NHC).split(self.sizes)
+        sizes = [G * R for _, G, R in self.calls]
+        padded = x_NHC.new_zeros(sum(sizes), *x_NHC.shape[1:]).index_copy(0, self.places_N, x_NHC)
+        return padded.split(sizes)

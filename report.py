@@ -1,110 +1,255 @@
-"""What a person sees of a run: the opening, one line per step, the table at the end. Text only; no state.
+"""What a run prints and logs: the opening, one line and one JSON object per step, the table at the end.
 
-`config` is any object with the fields of bread.Config; `row` is a line of metrics.jsonl as a dict.
+`config` is any object with the fields of config.Config, `state` one with those of bread.State, `folder` a
+RunFolder or None; a group is a list of rollouts of one problem behind one anchor.
 """
+import collections
+import contextlib
+import dataclasses
+import time
+
+import torch
 
 ABOUT = {
-    "bread": "Every problem is tried without help first. Where all tries fail, a binary search finds the shortest\n"
-             "piece of the expert's trace from which some succeed; the model learns from those, and needs ever less.",
-    "grpo": "Every problem is tried without help, and the model learns from groups in which some tries succeed.\n"
+    "bread": "Every problem is tried without help first. Where all tries fail, a binary search finds the\n"
+             "shortest piece of the expert's trace from which some succeed. The model learns from those.",
+    "grpo": "Every problem is tried without help; the model learns from groups in which some tries succeed.\n"
             "Where all fail there is no gradient: watch the reward. The expert's traces are not used.",
     "sft": "The model imitates the expert's traces token by token.\n"
            "Held-out accuracy tells whether it can express them.",
 }
-OTHER_ANCHORS = {
-    "failed": "Every problem is tried without help first. Where all tries fail, --anchor {} chooses a piece of the\n"
-              "expert's trace, once. BREAD itself searches for the shortest that helps.",
-    "always": "Every problem is tried behind a piece of the expert's trace, chosen by --anchor {}, if any.\n"
-              "The model's own success shows in the held-out accuracy only.",
-}
+# Shown on lines of their own.
 NOT_OPTIONS = ("model", "data", "eval_data", "output", "method")
-
-
-def group_metrics(groups, totals):
-    """What a step's groups of rollouts say, by TRL's names where the meaning is the same.
-
-    totals: {"unaided": successes without an anchor, "searched": problems, "probes": groups sampled for them}.
-    """
-    rollouts = [rollout for group in groups for rollout in group]
-    accepted = [group for group in groups if group[0].cut]
-    return {
-        "reward/train": mean(rollout.reward for rollout in rollouts),
-        "frac_reward_zero_std": mean(not any(rollout.advantage for rollout in group) for group in groups),
-        "anchor/searched": totals["searched"], "anchor/accepted": len(accepted), "anchor/probes": totals["probes"],
-        "anchor/fraction": mean(group[0].cut / len(group[0].problem.expert_ids) for group in accepted),
-        "completions/mean_length": mean(len(rollout.completion_ids) for rollout in rollouts),
-        "sampler/entropy": mean(rollout.entropy for rollout in rollouts if rollout.entropy is not None),
-        "completions/clipped_ratio": mean(rollout.finish_reason == "length" for rollout in rollouts)}
-
-
-def sample(step, rollout, decode):
-    """A rollout as text for samples.jsonl, anchor and completion apart."""
-    return {"step": step, "id": rollout.problem.id, "question": rollout.problem.question,
-            "anchor": decode(rollout.problem.expert_ids[:rollout.cut]), "completion": decode(rollout.completion_ids),
-            "answer": rollout.problem.answer, "reward": rollout.reward, "advantage": rollout.advantage,
-            "finish_reason": rollout.finish_reason, "entropy": rollout.entropy}
+PURPOSES = ("base", "probe", "resample", "eval", "prefilled", "trained")  # of tokens
 
 
 def mean(values):
-    """Mean of some numbers, None of none."""
-    values = list(values)
+    """Mean of those values that are not None; None of none."""
+    values = [value for value in values if value is not None]
     return sum(values) / len(values) if values else None
 
 
-def opening(config, model, num_problems, num_held_out, changed):
-    """What runs on what, what it will do and what a step costs. `model` is a line about it, `changed` the options
-    that differ from their defaults, {name: value}."""
-    c, held_out = config, f", {num_held_out} held out in {config.eval_data}" if num_held_out else ""
-    options = " ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-                       for name, value in changed.items() if name not in NOT_OPTIONS)
-    step = f"{c.problems_per_step} problems x {c.group_size} rollouts of at most {c.max_new_tokens} tokens"
-    if c.method == "sft":
-        step = f"{c.problems_per_step} expert traces"
-    about = ABOUT[c.method]
-    if c.method == "bread" and c.anchor != "search":
-        about = OTHER_ANCHORS[c.anchor_when].format(c.anchor)
-    updates = f"{c.updates_per_batch} update{'s' * (c.updates_per_batch > 1)}"
-    return "\n".join([
-        f"method   {c.method}", f"model    {c.model}: {model}", f"data     {c.data}: {num_problems} problems{held_out}",
-        f"output   {c.output}", f"options  {options or 'all defaults'}",
-        f"a step   {step}; {updates} in micro-batches of {c.micro_batch_size}", "", about, ""])
+def ratio(part, whole):
+    return part / whole if whole else None
+
+
+def training_tokens(tokens):
+    """Tokens that the policy sampled for training: the honest cost of a method, probes included."""
+    return sum(tokens.get(purpose, 0) for purpose in ("base", "probe", "resample"))
+
+
+@contextlib.contextmanager
+def clock(seconds, phase):
+    """Add the time of a `with` block to seconds[phase]."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # else the tail of this phase's work would count in the next
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - began
+
+
+def count_groups(groups):
+    """What a step's groups add up to, {"groups/...": number}; sums of several ranks add."""
+    counts = collections.Counter()
+    for group in groups:
+        counts["groups"] += 1
+        counts["groups/flat"] += not any(rollout.advantage for rollout in group)
+        if group[0].cut and group[0].finish_reason != "expert":
+            counts["groups/anchored"] += 1
+            counts["groups/anchor_share"] += group[0].cut / len(group[0].problem.expert_ids)
+        for rollout in group:
+            counts["groups/rollouts"] += 1
+            counts["groups/reward"] += rollout.reward
+            counts["groups/tokens"] += len(rollout.completion_ids)
+            counts["groups/cut_off"] += rollout.finish_reason == "length"
+            if rollout.entropy is not None:  # an expert's trace has none
+                counts["groups/entropy"] += rollout.entropy
+                counts["groups/sampled"] += 1
+    return counts
+
+
+def measure(config, batch, logprobs_N, entropies_N, is_first, sums):
+    """Add to `sums` what a batch tells of the policy; in the first pass also how far the sampler was from it.
+
+    With --importance-cap the ratio of both, cut off at the cap, becomes a factor of each token's weight, and
+    the trainer's log-probs are the old ones (truncated importance sampling: a sampler may round differently).
+    """
+    sampled_N = batch.expand([rollout.finish_reason != "expert" for rollout in batch.rollouts])
+    log_ratio_N = sampled_N * (logprobs_N - batch.old_logprobs_N)
+    if is_first:
+        # From the second pass on the trainer itself has moved.
+        importance_N = log_ratio_N.exp().clamp(max=config.importance_cap or torch.inf)
+        sums["compared"] += sampled_N.sum().item()
+        sums["gap"] += log_ratio_N.abs().sum().item()
+        sums["importance"] += (sampled_N * importance_N).sum().item()
+        if config.importance_cap:
+            batch.old_logprobs_N = logprobs_N
+            batch.weights_N = batch.weights_N * importance_N
+            log_ratio_N = torch.zeros_like(log_ratio_N)
+    # The clip removes a token's gradient where it is already too likely for A > 0, too unlikely for A < 0.
+    ratio_N = log_ratio_N.exp()
+    too_likely_N = (batch.advantages_N > 0) & (ratio_N > 1 + config.clip_high)
+    too_unlikely_N = (batch.advantages_N < 0) & (ratio_N < 1 - config.clip_low)
+    sums["clipped"] += (too_likely_N | too_unlikely_N).sum().item()
+    sums["entropy"] += entropies_N.sum().item()
+    sums["scored"] += len(logprobs_N)
+
+
+def step_metrics(sums):
+    """Summed counts of a step -> metrics, by TRL's names where the meaning is the same."""
+    return {
+        "reward": ratio(sums["successes/base"], sums["rollouts/base"]),
+        "reward/train": ratio(sums["groups/reward"], sums["groups/rollouts"]),
+        "frac_reward_zero_std": ratio(sums["groups/flat"], sums["groups"]),
+        "anchor/searched": sums["searched"], "anchor/accepted": sums["groups/anchored"],
+        "anchor/probes": sums["groups/probe"],
+        "anchor/fraction": ratio(sums["groups/anchor_share"], sums["groups/anchored"]),
+        "completions/mean_length": ratio(sums["groups/tokens"], sums["groups/rollouts"]),
+        "completions/clipped_ratio": ratio(sums["groups/cut_off"], sums["groups/rollouts"]),
+        "sampler/entropy": ratio(sums["groups/entropy"], sums["groups/sampled"]),
+        # The loss is that of the whole update; the others are means over the tokens of all its passes, of
+        # which the first alone compares the sampler's log-probs with the trainer's.
+        "loss": sums["loss"], "entropy": ratio(sums["entropy"], sums["scored"]),
+        "clip_fraction": ratio(sums["clipped"], sums["scored"]),
+        "sampler/logprob_gap": ratio(sums["gap"], sums["compared"]),
+        "sampler/importance_weight": ratio(sums["importance"], sums["compared"])}
+
+
+class Log:
+    """Lines for the reader and files for scripts; silent except on rank 0."""
+
+    def __init__(self, config, speaks, notes=()):
+        self.config = config
+        self.speaks = speaks
+        self.began = time.time()
+        self.before = 0.0  # progress when this process began, for the time that is left
+        self.decode = None
+        self.num_parameters = 0
+        self.num_expert_tokens = 0
+        for note in notes:
+            self.say(note)
+
+    def say(self, line):
+        if self.speaks:
+            print(line, flush=True)  # at once, also into a pipe
+
+    def opening(self, policy, problems, held_out, state):
+        """Print what runs on what, what it will do and what a step costs."""
+        config = self.config
+        self.before = state.progress(config)
+        self.decode = policy.tokenizer.decode
+        self.num_parameters = sum(weight.numel() for weight in policy.model.parameters())
+        self.num_expert_tokens = sum(len(problem.expert_ids) for problem in problems)
+        dtype = next(policy.model.parameters()).dtype
+        kernels = "Triton kernels" if policy.ops else "plain PyTorch"
+        options = []
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if value != field.default and field.name not in NOT_OPTIONS:
+                options += [f"--{field.name.replace('_', '-')}"] + [str(value)] * (field.type is not bool)
+        each = f"{config.group_size} rollouts of at most {config.max_new_tokens} tokens"
+        if config.method == "sft":
+            each = "the expert's trace"
+        held_out = f", {len(held_out)} held out in {config.eval_data}" if held_out else ""
+        self.say(f"method   {config.method}")
+        self.say(f"model    {config.model}: {self.num_parameters / 1e6:.2f}M parameters, {dtype} on "
+                 f"{policy.device}, {kernels}")
+        self.say(f"data     {config.data}: {len(problems)} problems{held_out}")
+        self.say(f"output   {config.output}")
+        self.say(f"options  {' '.join(options) or 'all defaults'}")
+        updates = f"{config.updates_per_batch} update{'s' * (config.updates_per_batch > 1)}"
+        self.say(f"a step   {config.problems_per_step} problems x {each}; {updates} in micro-batches of "
+                 f"{config.micro_batch_size}")
+        self.say(f"\n{ABOUT.get(config.method, 'Groups are made by a function of the user.')}\n")
+
+    def step(self, folder, state, told, groups, metrics):
+        """One JSON object for scripts, every probe, a few rollouts to look at, one line for the reader.
+
+        told: Policy.tell of every rank. metrics: what is known already, {"lr": ..., ...}.
+        """
+        if not self.speaks:
+            return
+        sums = collections.Counter()
+        for theirs in told:
+            sums.update(theirs["counts"])  # of a Counter, this adds
+        row = {"step": state.step, **step_metrics(sums), **metrics, "skipped_updates": state.skipped_updates,
+               "tokens/sampled": training_tokens(state.tokens)}
+        for name in ("shown", "used"):
+            row[f"anchor/{name}"] = sum(getattr(state, name).values()) / self.num_expert_tokens
+        row |= {f"tokens/{purpose}": state.tokens.get(purpose, 0) for purpose in PURPOSES}
+        # 2 operations a parameter and token to sample or prefill, 6 to train (arXiv 2604.23747, appendix B).
+        forward = row["tokens/sampled"] + row["tokens/prefilled"]
+        row["flops"] = self.num_parameters * (2 * forward + 6 * row["tokens/trained"])
+        row |= {f"seconds/{phase}": round(seconds, 3) for phase, seconds in state.seconds.items()}
+        if state.evals and state.evals[-1]["step"] == state.step:  # an evaluation was due
+            row |= state.evals[-1]
+        folder.append("metrics.jsonl", row)
+        for theirs in told:
+            for probe in theirs["probes"]:
+                folder.append("probes.jsonl", probe)
+        for group in groups[:2]:  # two rollouts a step are enough to look at
+            folder.append("samples.jsonl", self.sample(state.step, group[0]))
+        # The time that is left, from the pace of this process alone.
+        done = state.progress(self.config)
+        seconds_left = (time.time() - self.began) * (1 - done) / max(done - self.before, 1e-9)
+        self.say(step_line(self.config, row, seconds_left))
+
+    def sample(self, step, rollout):
+        """A rollout as text, anchor and completion apart."""
+        problem = rollout.problem
+        anchor_ids = problem.expert_ids[:rollout.cut] if rollout.finish_reason != "expert" else []
+        return {"step": step, "id": problem.id, "question": problem.question, "answer": problem.answer,
+                "anchor": self.decode(anchor_ids), "completion": self.decode(rollout.completion_ids),
+                "reward": rollout.reward, "advantage": rollout.advantage,
+                "finish_reason": rollout.finish_reason, "entropy": rollout.entropy}
+
+    def closing(self, folder, state, is_example):
+        """Print before, after, the cost, where the checkpoint is, how to compare; let go of the folder."""
+        config = self.config
+        sampled = training_tokens(state.tokens)
+        self.say("")
+        if state.evals:
+            self.say(f"{'held out, no anchors':<24}{'before':>10}{'after':>10}")
+            for name, key in (("greedy", "eval/greedy"), ("sampled", "eval/accuracy")):
+                self.say(f"  {name:<22}{state.evals[0][key]:>10.1%}{state.evals[-1][key]:>10.1%}")
+        if sampled:
+            share = state.tokens.get("probe", 0) / sampled
+            self.say(f"{'tokens sampled':<24}{'':>10}{sampled:>10,}   ({share:.0%} in probes)")
+        self.say(f"{'seconds':<24}{'':>10}{time.time() - self.began:>10.0f}\n")
+        if folder:
+            saved = folder.path / f"checkpoint-{state.step}"
+            self.say(f"checkpoint  {saved if saved.is_dir() else 'none'}  (a Hugging Face folder)")
+            folder.close()
+        if config.method == "bread":
+            flags = "" if is_example else f"--model {config.model} --data {config.data} [the same flags] "
+            # GRPO with as many sampled tokens, whatever number of steps that takes.
+            rival = f"--method grpo --steps 100000 --token-budget {sampled}"
+            self.say(f"compare     python bread.py {flags}{rival}")
 
 
 def step_line(config, row, seconds_left):
-    """One step: reward without help, how many problems needed an anchor and how long it was, accuracy, time left."""
-    c, width = config, len(str(config.steps))
-    parts = [f"step {row['step']:>{width}}/{c.steps}"]
-    if c.method == "sft":
-        parts.append(f"loss {row['loss']:.4f}")
+    """One step: reward without help, how many problems needed an anchor and how long it was, accuracy."""
+    parts = [f"step {row['step']:>{len(str(config.steps))}}/{config.steps}"]
+    # A method may sample no unaided group, or nothing at all.
+    if row["reward"] is not None:
+        parts.append(f"reward {row['reward']:.2f}")
+    elif row["tokens/sampled"] and row["reward/train"] is not None:
+        parts.append(f"reward behind anchors {row['reward/train']:.2f}")
     else:
-        parts.append(f"reward {row['reward']:.2f}" if c.tries_unaided else
-                     f"reward behind anchors {row['reward/train']:.2f}")
-    if c.method == "bread" and c.tries_unaided:
-        found = f"{row['anchor/accepted']:>2} found one at {row['anchor/fraction']:.0%} of the trace" \
-            if row["anchor/accepted"] else ""
-        parts.append(f"{row['anchor/searched']:>2} of {c.problems_per_step} needed an anchor  {found:<32}")
-    elif c.method == "grpo":
+        parts.append(f"loss {row['loss']:.4f}")
+    if config.method == "bread":
+        found = ""
+        if row["anchor/accepted"]:
+            found = f"{row['anchor/accepted']:>2} found one at {row['anchor/fraction']:.0%} of the trace"
+        searched = f"{row['anchor/searched']:>2} of {config.problems_per_step} needed an anchor"
+        parts.append(f"{searched}  {found:<32}")
+    elif row["frac_reward_zero_std"] is not None and config.method != "sft":
         parts.append(f"{1 - row['frac_reward_zero_std']:4.0%} of groups have a gradient")
-    if c.method != "sft":
+    if row["tokens/sampled"]:
         parts.append(f"{row['tokens/sampled'] / 1000:5.0f}k tokens")
     parts.append(f"ETA {int(seconds_left) // 60}:{int(seconds_left) % 60:02d}")
     if "eval/accuracy" in row:
         parts.append(f"| held out: greedy {row['eval/greedy']:.1%}, sampled {row['eval/accuracy']:.1%}")
     return "  ".join(parts)
-
-
-def closing(config, evals, checkpoint, tokens, seconds, is_example):
-    """Before, after, the cost, where the checkpoint is, and the command for the comparison run."""
-    lines, sampled = [""], tokens["base"] + tokens["probe"] + tokens["resample"]
-    if evals:
-        lines += [f"{'held out, no anchors':<24}{'before':>10}{'after':>10}"]
-        lines += [f"  {name:<22}{evals[0][key]:>10.1%}{evals[-1][key]:>10.1%}"
-                  for name, key in (("greedy", "eval/greedy"), ("sampled", "eval/accuracy"))]
-    if config.method != "sft":
-        probes = tokens["probe"] / max(sampled, 1)
-        lines.append(f"{'tokens sampled':<24}{'':>10}{sampled:>10,}   ({probes:.0%} in probes)")
-    lines += [f"{'seconds':<24}{'':>10}{seconds:>10.0f}", "", f"checkpoint  {checkpoint}  (a Hugging Face folder)"]
-    if config.method == "bread":
-        flags = "" if is_example else f"--model {config.model} --data {config.data} [the same flags] "
-        lines.append(f"compare     python bread.py {flags}--method grpo --steps 100000 --token-budget {sampled}")
-    return "\n".join(lines)

@@ -1,5 +1,6 @@
-"""What every test needs: the repository root on the path, and Triton's interpreter where there is no GPU."""
-
+"""What every test needs: the root on the path, Triton's interpreter where there is no GPU, a small set of
+problems."""
+import json
 import os
 import sys
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+CHAIN = ROOT / "examples" / "chain"
+sys.path.insert(0, str(ROOT))
 
 # Triton reads this variable when a kernel is defined, its own helpers included: before any import of triton.
 if not torch.cuda.is_available():
@@ -24,9 +27,11 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def interpreter_without_two_faults(monkeypatch):
-    """Triton's interpreter multiplies bfloat16 by its bits, as integers; that of 3.6 fails at range() with numpy 2.4.
+    """Triton's interpreter multiplies bfloat16 by its bits, as integers; that of 3.6 fails at range() with
+    numpy 2.4.
 
-    Its scalars are arrays of shape (1,), which numpy 2.4 no longer takes as numbers; triton 3.9 knows that.
+    Its scalars are arrays of shape (1,), which numpy 2.4 no longer takes as numbers; triton 3.9 knows
+    that.
     """
     if torch.cuda.is_available():
         return
@@ -51,17 +56,6 @@ def interpreter_without_two_faults(monkeypatch):
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
 
 
-class CountingKernel:
-    """Stands in front of a Triton kernel and notes the grid of each launch."""
-
-    def __init__(self, kernel):
-        self.kernel, self.grids = kernel, []
-
-    def __getitem__(self, grid):
-        self.grids.append(grid)
-        return self.kernel[grid]
-
-
 def drive(search, table):
     """Run a search against a table of success counts: (what it returns, the cuts it asked for)."""
     asked, reply = [], None
@@ -80,3 +74,28 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(count)
+
+
+def read_lines(path):
+    """A .jsonl file as a list of dicts, [] if there is none; words that are not JSON (NaN, Infinity) are
+    refused."""
+    def refuse(constant):
+        raise AssertionError(f"{path.name} holds {constant}, which is not JSON")
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder with train.jsonl, 4 problems of 2 moves and 8 of 12, and heldout.jsonl, 2 and 1. The
+    example's model solves the short ones now and then, the long ones behind an anchor."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, num_short, num in (("train.jsonl", 4, 12), ("heldout.jsonl", 2, 3)):
+        rows = read_lines(CHAIN / name)[:num]
+        for row in rows[:num_short]:
+            line = row["trace"].split("\n")[0]
+            row["answer"] = line.rsplit("= ")[1]
+            row["trace"] = f"{line}\n#### {row['answer']}"
+            row["question"] = " ".join(row["question"].split()[:6])
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

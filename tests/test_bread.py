@@ -1,214 +1,317 @@
-"""Claims about bread.py: the search on tables, the loss against oracles, the update, whole runs on a tiny model.
+"""Claims about the algorithm of bread.py: groups, search, advantages, losses and the update, on the embedded
+example.
 
-Two fakes: `Oracle` stands in for prefill and branch and reads from a table how many rows of a group succeed;
-`paid_by_chance` rewards random text, so that a random model gets gradients.
+`Paid` is a policy that samples with the real model and reads its rewards from a table. `Recorder` stands
+where the optimizer stands and keeps the gradients.
 """
+import collections
 import dataclasses
-import doctest
-import gc
-import importlib
-import importlib.util
 import itertools
 import json
 import math
-import os
 import random
-import re
-import signal
-import subprocess
-import sys
-import zlib
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import bread
-from bread import Config, Rollout, anchor_policy, group_advantages, grpo_loss, k3_divergence, luffy_loss
-from conftest import drive
-from model import ModelConfig, Transformer
+import report
+from bread import State, group_advantages, grpo_loss, k3_divergence
+from config import Config
+from conftest import CHAIN, ROOT, drive
+from model import Transformer
+from parallel import MasterAdamW, Ranks
 from sampler import Completion
-from traces import Problem
 
-ROOT = Path(bread.__file__).resolve().parent
 G = 4
-
-
-# ---------------------------------------------------------------- fixtures
-
-
-@pytest.fixture(scope="session")
-def example(tmp_path_factory):
-    """A folder with model/ (random weights, the example's tokenizer), train.jsonl and heldout.jsonl."""
-    spec = importlib.util.spec_from_file_location("make", ROOT / "examples" / "make.py")
-    make = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make)
-    folder, rng = tmp_path_factory.mktemp("example"), random.Random(0)
-    tokenizer = make.make_tokenizer(make.Chain.words())
-    make.save_tokenizer(tokenizer, folder / "model")
-    config = ModelConfig("llama", tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48,
-                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-                         max_position_embeddings=160, tie_word_embeddings=True)
-    random_model(config).save_pretrained(folder / "model")
-    make.write_problems(folder / "train.jsonl", make.Chain, rng, 12, length=12)
-    make.write_problems(folder / "heldout.jsonl", make.Chain, rng, 3, length=12)
-    return folder
-
-
-def random_model(config, seed=0):
-    """Weights 8 times larger than usual: distributions are far from uniform, gradients far from zero."""
-    model = Transformer(config, {"eos_token_id": 0}).initialize(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(8)
-    return model
-
-
+CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(autouse=True)
-def keep_signal_handlers():
-    """A run takes over SIGINT and SIGTERM; the test session gets them back."""
-    numbers = signal.SIGINT, signal.SIGTERM
-    handlers = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, handlers):
-        signal.signal(number, handler)
+class Paid(bread.Policy):
+    """The first successes(problem, cut) rollouts of a group are right, whatever they say; the others are
+    wrong."""
+
+    def __init__(self, config, successes):
+        super().__init__(config, CPU, config.model)
+        self.successes = successes
+        self.asked = []  # (problem id, cut) of every rollout
+
+    def judge(self, problem, cut, context, completion):
+        rollout = super().judge(problem, cut, context, completion)
+        rollout.reward = float(len(self.asked) % self.config.group_size < self.successes(problem, cut))
+        self.asked.append((problem.id, cut))
+        return rollout
 
 
-@pytest.fixture
-def new_run(example, tmp_path):
-    """A function that makes a Run on the example; keyword arguments are fields of Config."""
-    count = itertools.count()
-
-    def make(**fields):
-        defaults = dict(model=str(example / "model"), data=str(example / "train.jsonl"), device="cpu",
-                        output=str(tmp_path / f"run-{next(count)}"), group_size=G, problems_per_step=4,
-                        max_new_tokens=48)
-        return bread.Run(Config(**{**defaults, **fields}))
-    return make
-
-
-def flags(example, output, *more):
-    """A command line for two small steps on the example."""
-    return ["--model", f"{example / 'model'}", "--data", f"{example / 'train.jsonl'}", "--output", str(output),
-            "--eval-data", f"{example / 'heldout.jsonl'}", "--device", "cpu", "--steps", "2", "--eval-every", "2",
-            "--problems-per-step", "3", "--group-size", f"{G}", "--max-new-tokens", "24", "--lr", "1e-3", *more]
+@pytest.fixture(scope="module")
+def make(data):
+    """make(...) -> (policy, its 12 problems); keywords are fields of Config, `successes` a table for
+    `Paid`."""
+    def policy_and_problems(successes=None, **fields):
+        defaults = dict(model=f"{CHAIN / 'model'}", data=f"{data / 'train.jsonl'}", device="cpu",
+                        group_size=G, problems_per_step=3, max_new_tokens=72)
+        config = Config(**{**defaults, **fields})
+        policy = Paid(config, successes) if successes else bread.Policy(config, CPU, config.model)
+        return policy, bread.read_problems(policy, config.data, print)
+    return policy_and_problems
 
 
-def read_lines(path):
-    """A .jsonl file as a list of dicts; constants that are not JSON (NaN, Infinity) are refused."""
-    def refuse(constant):
-        raise AssertionError(f"{path.name} holds {constant}, which is not JSON")
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+def ids_of(group):
+    return [rollout.completion_ids for rollout in group]
 
 
-class Oracle:
-    """Stands in for `prefill` and `branch`: of a group behind `cut` tokens of a trace, successes(problem, cut)
-    rows finish the expert's trace, the others stop at once. Checks that what they continue is question + expert
-    prefix."""
-
-    def __init__(self, monkeypatch, run, successes):
-        self.problems, self.successes, self.stop = run.problems, successes, run.tokenizer.eos_id
-        self.prefilled, self.asked = [], []
-        monkeypatch.setattr(bread, "prefill", self.prefill)
-        monkeypatch.setattr(bread, "branch", self.branch)
-
-    def prefill(self, model, sequences):
-        self.prefilled += sequences
-        return sequences
-
-    def branch(self, model, trunk, forks, params, max_rows, ops, workers):
-        groups = []
-        for fork in forks:
-            context = trunk[fork.sequence][:fork.length]
-            assert len(context) == fork.length
-            problem, = [p for p in self.problems if context[:len(p.prompt_ids)] == p.prompt_ids]
-            cut = fork.length - len(problem.prompt_ids)
-            assert context[len(problem.prompt_ids):] == problem.expert_ids[:cut]
-            self.asked.append((problem.id, cut))
-            good, wrong = problem.expert_ids[cut:] + [self.stop], [self.stop]
-            count = self.successes(problem, cut)
-            groups.append([Completion(ids, [-1.0] * len(ids), "stop")
-                           for ids in [good] * count + [wrong] * (len(fork.row_ids) - count)])
-        return groups
+def flat(groups):
+    return [rollout for group in groups for rollout in group]
 
 
-def by_cut(table):
-    """successes(problem, cut) from a table: entry 0 is for no anchor, entry i + 1 for a problem's cut number
-    i."""
-    return lambda problem, cut: table[[0, *problem.cuts].index(cut)]
+def watch_prefills(policy):
+    """A list of the tokens of every prefill from now on; a step of decoding has one token a row."""
+    passes = []
+
+    def note(_, inputs):
+        if inputs[0].shape[1] > 1:
+            passes.append(inputs[0].numel())
+    policy.model.model["embed_tokens"].register_forward_pre_hook(note)
+    return passes
 
 
-# ---------------------------------------------------------------- which anchor policy, with which cuts
+# ---------------------------------------------------------------- groups
 
 
-def policy(problem, step=0, anchors=None, progress=0.0, **fields):
-    """The cuts and the policy that a run with these options would use for a problem."""
-    config = Config(**{"anchor": "search", "group_size": 8, "max_new_tokens": 100, **fields})
-    run = SimpleNamespace(config=config, step=step, anchors={} if anchors is None else anchors,
-                          progress=lambda: progress)
-    return anchor_policy(run, problem)
+def test_every_group_and_every_row_has_its_own_draws(make):
+    """Other problem, cut, step, purpose or seed: other tokens; the same key: the same, in whatever batch.
+    So hot that noise alone decides: of two rows with the same noise one would hold the other's beginning."""
+    policy, problems = make(max_new_tokens=30, temperature=1e6)
+
+    def rows(num=3, step=0, purpose="base", seed=0, cut=0):
+        policy.config = dataclasses.replace(policy.config, seed=seed)
+        points = [(problem, cut) for problem in problems[4:4 + num]]
+        return ids_of(flat(bread.sample_groups(policy, points, step, purpose)))
+    first = rows()
+    assert first == rows() and first == rows(num=5)[:3 * G]
+    others = rows(step=1) + rows(purpose="resample") + rows(seed=1) + rows(cut=7) + rows(cut=14)
+    for a, b in itertools.permutations(first + others, 2):
+        assert b[:5] not in [a[shift:shift + 5] for shift in (0, 7, 14)]
 
 
-def make_problem(cuts, length=60, id="p", prompt_ids=(1, 2, 3)):
-    return Problem(id, list(prompt_ids), list(range(100, 100 + length)), list(cuts), "1", "q", "t")
+def test_a_hint_stands_in_the_prompt_and_nowhere_else(make):
+    """The anchor's text is part of the rendered question, anchor_ids stay empty, and it uses up the
+    answer's room as a prefilled anchor does, so that the two placements are comparable. The reward does
+    not read it; it does read a prefilled anchor, which is the start of the answer."""
+    policy, problems = make(anchor_placement="hint", max_new_tokens=30)
+    problem = problems[4]
+    for cut in problem.cuts[:3]:
+        prompt_ids, anchor_ids = policy.context(problem, cut)
+        text = policy.tokenizer.decode(prompt_ids)
+        assert anchor_ids == [] and policy.tokenizer.decode(problem.expert_ids[:cut]) in text
+        assert text.startswith(problem.question) and "Hint" in text
+        group, = bread.sample_groups(policy, [(problem, cut)], 0, "probe")
+        assert max(map(len, ids_of(group))) <= 30 - cut
+    assert policy.context(problem, 0) == (problem.prompt_ids, [])
+    done = Completion([policy.tokenizer.eos_id], [-1.0], "stop")
+    whole = len(problem.expert_ids)
+    assert policy.judge(problem, whole, policy.context(problem, whole), done).reward == 0
+    assert policy.judge(problem, whole, (problem.prompt_ids, problem.expert_ids), done).reward == 1
 
 
-def test_random_anchors_depend_on_seed_step_and_problem():
-    """300 steps: the same picks again, others with another seed or problem."""
-    def picks(problem, **fields):
-        return [drive(policy(problem, step, anchor="random", **fields)[1], [3] * 9)[0] for step in range(300)]
-    problem = make_problem(range(5, 50, 5))
-    first = picks(problem)
-    assert first == picks(problem) and set(first) == set(range(9))
-    assert first != picks(problem, seed=1) and first != picks(dataclasses.replace(problem, id="other"))
+def test_no_row_leaves_the_models_window(make):
+    """With the longest --max-new-tokens allowed, what is read plus what may be written fits the positions."""
+    for placement, words in (("prefill", 0), ("hint", bread.HINT_ROOM)):
+        room = 256 - max(len(problem.prompt_ids) for problem in make()[1]) - words
+        with pytest.raises(ValueError, match=f"lower --max-new-tokens to {room}$"):
+            make(max_new_tokens=room + 1, anchor_placement=placement)
+        policy, problems = make(max_new_tokens=room, anchor_placement=placement)
+        for problem in problems:
+            for cut in [0, *problem.cuts]:
+                assert sum(map(len, policy.context(problem, cut))) + room - cut <= 256
 
 
-OTHERS = ["random", "fixed", "anneal", "adaback"]
+def test_a_completion_cut_off_while_thinking_has_no_reward(make):
+    """Where the template opens <think>, the completion does not: what stands in a thought that never
+    closes is no answer, as rewards.py has it for a completion that opens its own."""
+    texts = {1: r"so \boxed{5}, or 6? Let me", 2: r"so \boxed{6}</think> It is \boxed{5}."}
+    policy, problems = make()
+    policy.tokenizer = SimpleNamespace(opens_thinking=True, decode=lambda ids: texts[ids[0]])
+    problem = dataclasses.replace(problems[0], answer="5")
+    rewards = [policy.judge(problem, 0, ([7], []), Completion([i], [-1.0], "stop")).reward for i in texts]
+    assert rewards == [0.0, 1.0]
 
 
-@pytest.mark.parametrize("anchor", ["search", *OTHERS])
-def test_an_anchor_leaves_room_for_at_least_one_token(anchor):
-    """An anchor counts toward --max-new-tokens, so of the cuts 10 .. 50 only those below 30 are offered."""
-    problem, asked, memory = make_problem(range(10, 60, 10)), set(), {}
-    for step in range(40):
-        cuts, search = policy(problem, step, memory, anchor=anchor, anchor_fraction=1.0, max_new_tokens=30)
-        assert cuts == [10, 20]
-        asked |= set(drive(search, [0] * 5)[1])
-    assert asked and max(asked) == 1
-    cuts, search = policy(problem, anchor=anchor, max_new_tokens=10)
-    assert cuts == [] and drive(search, [])[1] == []
+# ---------------------------------------------------------------- the search
 
 
-@pytest.mark.parametrize("anchor", ["search", *OTHERS])
-def test_grpo_and_problems_without_cuts_ask_for_no_anchor(anchor):
-    """E9: a run with --method grpo differs from BREAD by that flag alone."""
-    assert drive(policy(make_problem([5, 10]), anchor=anchor, method="grpo")[1], []) == (None, [])
-    assert drive(policy(make_problem([]), anchor=anchor)[1], []) == (None, [])
+def test_a_probe_keeps_its_groups_and_offers_no_cut_without_room(make):
+    """An anchor counts toward --max-new-tokens: of the cuts 7, 14, 21, 28, 35 only those below are
+    offered, and without cuts nothing is asked. The group of the shortest cut in range is returned, also
+    where the search moved on."""
+    _, problems = make()
+    problem = problems[4]
+    assert problem.cuts == [7, 14, 21, 28, 35]
+    solved, mixed, failed = [[SimpleNamespace(reward=i < count) for i in range(G)] for count in (G, 2, 0)]
+
+    def probe(max_new_tokens, table, problem=problem):
+        return drive(bread.probe(Config(max_new_tokens=max_new_tokens, group_size=G), problem), table)
+    assert probe(21, {7: failed, 14: failed}) == (None, [7, 14])
+    assert probe(22, {14: failed, 21: mixed}) == (mixed, [14, 21])
+    assert probe(99, {21: mixed, 7: failed, 14: solved}) == (mixed, [21, 7, 14])
+    assert probe(7, {}) == probe(99, {}, problems[0]) == (None, [])
 
 
-@pytest.mark.parametrize("anchor", OTHERS)
-def test_an_anchor_for_every_group_may_be_none_and_is_always_accepted(anchor):
-    """--anchor-when always: the bare question is the first cut, and whatever its rollouts do they are the group."""
-    problem = make_problem([5, 10])
-    for step, count in itertools.product(range(20), (0, 3, 8)):
-        cuts, search = policy(problem, step, anchor=anchor, anchor_when="always", progress=0.5)
-        assert cuts == [0, 5, 10]
-        accepted, asked = drive(search, [count] * 3)
-        assert asked == [accepted]
+def test_all_searches_run_in_lockstep_and_each_trace_is_prefilled_once(make):
+    """Four problems become solvable at different cuts or never. Together they ask what each asks alone,
+    with the same samples, and a cut of the trunk gives what a fresh prefill of question and anchor gives;
+    no cut is probed twice and at most ceil(log2(5 + 1)) = 3 are; question and trace of each problem go
+    through the model once; the accepted group is the one that was sampled as a probe, and every probe is
+    told."""
+    first = dict(zip(["train-4", "train-5", "train-6"], [0, 2, 4]))
+    policy, problems = make(lambda problem, cut: 2 * (cut in problem.cuts[first.get(problem.id, 99):]))
+    problems = problems[4:8]
+    prefills = watch_prefills(policy)
+    accepted = bread.search_anchors(policy, problems, 6)
+    assert prefills == [sum(len(problem.prompt_ids + problem.expert_ids) for problem in problems)]
+    assert policy.counts["tokens/prefilled"] == prefills[0] and policy.counts["searched"] == 4
+    asked = [(probe["id"], probe["cut"]) for probe in policy.probes]
+    assert len(set(asked)) == len(asked) == policy.counts["groups/probe"] and set(asked) == set(policy.asked)
+    for problem, group in zip(problems, list(accepted.values())):
+        own = [probe for probe in policy.probes if probe["id"] == problem.id]
+        assert 2 <= len(own) <= 3 and policy.shown[problem.id] == max(probe["cut"] for probe in own)
+        for probe in own:
+            assert probe == {"step": 7, "id": problem.id, "cut": probe["cut"], "of": len(problem.expert_ids),
+                             "successes": policy.successes(problem, probe["cut"]), "rollouts": G}
+        alone = bread.search_anchors(policy, [problem], 6)[problem.id]
+        assert (group is None) == (alone is None) == (problem.id not in first)
+        if group:
+            cut = problem.cuts[first[problem.id]]
+            fresh, = bread.sample_groups(policy, [(problem, cut)], 6, "probe")
+            assert group[0].cut == cut and ids_of(group) == ids_of(alone) == ids_of(fresh)
+            for a, b in zip(group, fresh):
+                assert a.anchor_ids == problem.expert_ids[:cut]
+                assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
 
 
-# ---------------------------------------------------------------- advantages
+@pytest.mark.parametrize("divide_by_std, scale", [(True, 1.0), (False, 3**0.5 / 4)])
+def test_an_accepted_probe_takes_the_place_of_the_failed_group(make, divide_by_std, scale):
+    """Solved unaided, solved behind its fourth anchor, never solved: the plain group, the probe and the
+    failed group. A branched group has its own baseline: its success gets +sqrt(3), the others -1/sqrt(3);
+    mixed with the failed rollouts, which would be blamed too, it would be +sqrt(7) and -1/sqrt(7). What
+    other ranks are told of it are numbers, less than the ids of the rollouts; metrics count it."""
+    needed = {"train-4": 0, "train-5": 28}
+    policy, problems = make(lambda problem, cut: int(cut >= needed.get(problem.id, 99)))
+    easy, hard, hopeless = problems[4:7]
+    groups = bread.bread(policy, [easy, hard, hopeless], State(step=2))
+    bread.set_advantages(groups, divide_by_std)
+    assert [[rollout.cut for rollout in group] for group in groups] == [[0] * G, [28] * G, [0] * G]
+    for group in groups[:2]:
+        advantages = [rollout.advantage / scale for rollout in group]
+        assert advantages == pytest.approx([3**0.5] + [-(3**-0.5)] * 3)
+    assert [rollout.advantage for rollout in groups[2]] == [0.0] * G
+    probes = policy.probes
+    told = policy.tell(groups, {}, {hard.id: "seen", "another": 1})
+    assert policy.counts == policy.shown == {} and policy.probes == [], "counting starts anew"
+    assert told["probes"] == probes and told["memory"] == {hard.id: "seen"}
+    used, shown = ({id: cut for id, cut in told[name].items() if cut} for name in ("used", "shown"))
+    assert used == {hard.id: 28} and shown == {hard.id: 28, hopeless.id: hopeless.cuts[-1]}
+    assert all(isinstance(number, (int, float)) for number in told["counts"].values())
+    assert len(json.dumps(told)) < len(json.dumps([ids_of(group) for group in groups]))
+    row = report.step_metrics(collections.Counter(told["counts"]))
+    expected = {"anchor/searched": 2, "anchor/accepted": 1, "anchor/probes": len(probes),
+                "anchor/fraction": 28 / len(hard.expert_ids), "reward": 1 / 12, "reward/train": 2 / 12,
+                "frac_reward_zero_std": 1 / 3}
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+
+
+def test_bread_is_grpo_where_nothing_fails(make):
+    """One success in every group: the same rollouts, token for token, and no probe is made."""
+    policy, problems = make(lambda problem, cut: 1)
+    first, second = (method(policy, problems[3:6], State()) for method in (bread.bread, bread.grpo))
+    assert ids_of(flat(first)) == ids_of(flat(second))
+    assert policy.probes == [] and policy.counts["searched"] == policy.counts["groups/probe"] == 0
+
+
+@pytest.mark.parametrize("method", [bread.bread, bread.grpo])
+@pytest.mark.parametrize("on_fail, advantages", [
+    ("skip", [0.0] * G), ("resample", [3**0.5] * 2 + [-(3**-0.5)] * 6),
+    ("expert", [-(3**-0.5)] * 3 + [3**0.5])])
+def test_what_becomes_of_a_failed_group_without_anchor(make, method, on_fail, advantages):
+    """skip: as it is, without gradient. resample: G more plain rollouts join (2 of them right here: 2 of
+    8). expert: the whole trace and a stop token take the place of one failure, with the log-probs of the
+    policy."""
+    policy, problems = make(lambda problem, cut: 0, on_fail=on_fail)
+    policy.successes = lambda problem, cut: 2 * (policy.counts["groups/base"] == 1 and cut == 0)
+    problem = problems[4]
+    group, = method(policy, [problem], State())
+    bread.set_advantages([group], divide_by_std=True)
+    assert sorted(rollout.advantage for rollout in group) == pytest.approx(sorted(advantages))
+    *_, last = group
+    if on_fail == "expert":
+        assert (last.finish_reason, last.reward, last.cut) == ("expert", 1.0, len(problem.expert_ids))
+        assert last.completion_ids == problem.expert_ids + [policy.tokenizer.eos_id]
+        logprobs_N, _ = token_logprobs(policy, policy.model, last)
+        assert last.logprobs == pytest.approx(logprobs_N.tolist(), abs=1e-5)
+    assert all(rollout.cut == 0 or rollout is last for rollout in group) and not last.anchor_ids
+    extra = group[G:] if on_fail == "resample" else []
+    assert policy.counts["tokens/resample"] == sum(map(len, ids_of(extra)))
+
+
+def test_resampling_is_one_batched_call_and_equals_separate_ones(make):
+    """Three failed groups get their second try in one prefill; since noise depends on ids alone, the
+    samples are those of a call for each. The group that did not fail is left alone."""
+    policy, problems = make(lambda problem, cut: problem.id == "train-5", on_fail="resample")
+    groups = bread.sample_groups(policy, [(problem, 0) for problem in problems[4:8]], 3, "base")
+    prefills = watch_prefills(policy)
+    more = bread.after_failure(policy, groups, 3)
+    assert prefills == [sum(len(problems[i].prompt_ids) for i in (4, 6, 7))] and more[1] is groups[1]
+    for i in (0, 2, 3):
+        alone, = bread.sample_groups(policy, [(problems[4 + i], 0)], 3, "resample")
+        assert more[i][:G] == groups[i] and ids_of(more[i][G:]) == ids_of(alone)
+
+
+# ---------------------------------------------------------------- problems and evaluation
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 11, 12])
+def test_problems_come_once_a_step_and_equally_often(make, count):
+    """Also where an epoch of 12 problems is no multiple of the step (draws are keyed by problem: a second
+    group would repeat the first). Over 120 draws no two counts differ by more than 5; independent draws
+    would by 10. What a step gets depends on seed and step only; an epoch that is a multiple is a
+    permutation, of its own order."""
+    _, problems = make()
+
+    def ids(step, seed=0):
+        return [p.id for p in bread.next_problems(problems, Config(problems_per_step=count, seed=seed), step)]
+    steps = [ids(step) for step in range(120 // count)]
+    assert all(len(set(step)) == len(step) == count for step in steps)
+    drawn = collections.Counter(itertools.chain(*steps))
+    assert len(drawn) == 12 and max(drawn.values()) - min(drawn.values()) <= 5
+    assert ids(7) == steps[7] != ids(7, seed=1)
+    if 12 % count == 0:
+        length = 12 // count
+        epochs = [tuple(itertools.chain(*steps[i:i + length])) for i in range(0, len(steps), length)]
+        assert {len(set(epoch)) for epoch in epochs} == {12} and len(set(epochs)) == len(epochs)
+
+
+def test_evaluation_uses_no_anchor_and_costs_no_training_tokens(make):
+    """Every rollout of an evaluation starts at the bare question; tokens/sampled, the cost of training,
+    stays 0. A resumed run does not evaluate its step again."""
+    policy, problems = make(lambda problem, cut: 1, group_size=3, eval_samples=3)
+    state = State()
+    for _ in range(2):
+        bread.evaluate(policy, Ranks("cpu"), problems[:3], state, None)
+    assert {cut for _, cut in policy.asked} == {0} and len(policy.asked) == 3 * (3 + 1)
+    assert report.training_tokens(state.tokens) == 0 < state.tokens["eval"]
+    row, = state.evals
+    assert row["eval/accuracy"] == pytest.approx(1 / 3) and row["eval/greedy"] == pytest.approx(1 / 3)
+
+
+# ---------------------------------------------------------------- advantages and losses
 
 
 def test_advantages_equal_numpys():
-    """(r - mean) / population std, and without the division; sums are 0 to float32 rounding of numbers near 1."""
+    """(r - mean) / population std, and without the division; sums are 0 to float32 rounding of numbers
+    near 1. Equal rewards and groups of one give exactly 0: the mean of 7 times 0.1 is not 0.1 in float32."""
     for size, seed in itertools.product((2, 3, 8, 17), range(20)):
         rewards = np.random.default_rng(seed).integers(0, 2, size).astype(np.float32)
         centred = rewards - rewards.mean()
@@ -217,70 +320,59 @@ def test_advantages_equal_numpys():
         np.testing.assert_allclose(group_advantages(rewards_G), expected, atol=1e-5)
         np.testing.assert_allclose(group_advantages(rewards_G, divide_by_std=False), centred, atol=1e-6)
         assert abs(group_advantages(rewards_G).sum().item()) < 1e-5 * size
-        assert abs(group_advantages(rewards_G, divide_by_std=False).sum().item()) < 1e-6 * size
+    for reward, size, divide in itertools.product([0.0, 1.0, 0.1, 1 / 3], [1, 3, 7, 10], [True, False]):
+        assert group_advantages(torch.full((size,), reward), divide).tolist() == [0.0] * size
 
 
-@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1 / 3])
-@pytest.mark.parametrize("size", [1, 3, 7, 10])
-@pytest.mark.parametrize("divide", [True, False])
-def test_equal_rewards_and_groups_of_one_give_exactly_zero(reward, size, divide):
-    """The rewards themselves are compared: the mean of 7 times 0.1 is not 0.1 in float32."""
-    assert group_advantages(torch.full((size,), reward), divide).tolist() == [0.0] * size
-
-
-def test_a_branched_group_has_its_own_baseline(new_run, monkeypatch):
-    """One success of 4 behind the anchor, 0 of 4 without: the success gets +sqrt(3), the others -1/sqrt(3).
-    Mixed with the failed group they would be +sqrt(7) and -1/sqrt(7), and the failed rollouts would be blamed,
-    too."""
-    run = new_run()
-    Oracle(monkeypatch, run, lambda problem, cut: int(cut > 0))
-    accepted = bread.search_anchors(run, run.problems[:1])
-    group, = accepted.values()
-    bread.set_advantages(group, divide_by_std=True)
-    assert [r.advantage for r in group] == pytest.approx([3**0.5] + [-(3**-0.5)] * 3)
-    assert len({r.cut for r in group}) == 1 and group[0].cut > 0
-
-
-# ---------------------------------------------------------------- the loss
-
-
-def random_inputs(B=6, T=9, seed=0, spread=0.3):
-    """float64 (logprobs with grad, old, advantages, mask): rows of unequal length, ratios on both sides of the
-    clip."""
+def random_inputs(seed, B=6, T=9, spread=0.3):
+    """float64 (logprobs, old, advantages, mask), all (B, T): rows of unequal length, ratios on both sides
+    of the clip."""
     generator = torch.Generator().manual_seed(seed)
     new_BT, old_BT = (-2 + spread * torch.randn(B, T, generator=generator).double() for _ in range(2))
-    advantages_B = torch.randn(B, generator=generator).double()
-    lengths_B = torch.randint(1, T + 1, (B,), generator=generator)
-    mask_BT = (torch.arange(T) < lengths_B[:, None]).double().roll(1, dims=1)
-    return new_BT.requires_grad_(), old_BT, advantages_B, mask_BT
+    advantages_B1 = torch.randn(B, 1, generator=generator).double()
+    lengths_B1 = torch.randint(1, T + 1, (B, 1), generator=generator)
+    mask_BT = (torch.arange(T) < lengths_B1).double().roll(1, dims=1)
+    return new_BT, old_BT, advantages_B1.expand(B, T), mask_BT
 
 
-def loop_loss(new_BT, old_BT, advantages_B, mask_BT, low, high, mean):
-    """The oracle: one token at a time, in plain numbers. mean: "token" or "sequence"."""
-    rows, inputs = [], (new_BT, old_BT, advantages_B, mask_BT)
-    for new_T, old_T, advantage, mask_T in zip(*(x.tolist() for x in inputs)):
-        terms = []
-        for new, old, is_active in zip(new_T, old_T, mask_T):
+def weights_of(mask_BT, mean):
+    """What a token counts: in a mean over tokens, over rows of their token means, or as a share of B x T
+    places."""
+    denominators = {"token": mask_BT.sum(), "sequence": mask_BT.sum(1, keepdim=True) * len(mask_BT),
+                    "constant": torch.tensor(mask_BT.numel())}
+    return mask_BT / denominators[mean]
+
+
+def loop_loss(new_BT, old_BT, advantages_BT, mask_BT, low, high, mean):
+    """The oracle: one token at a time, in plain numbers."""
+    rows = []
+    for row in zip(*(x.tolist() for x in (new_BT, old_BT, advantages_BT, mask_BT))):
+        rows.append([])
+        for new, old, advantage, is_active in zip(*row):
             if is_active:
                 ratio = math.exp(new - old)
                 clipped = min(max(ratio, 1 - low), 1 + high)
-                terms.append(min(ratio * advantage, clipped * advantage))
-        rows.append(terms)
-    if mean == "token":
-        return -np.mean([term for terms in rows for term in terms])
-    return -np.mean([np.mean(terms) for terms in rows])
+                rows[-1].append(min(ratio * advantage, clipped * advantage))
+    return -np.mean(sum(rows, [])) if mean == "token" else -np.mean([np.mean(terms) for terms in rows])
 
 
-@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("low, high", [(0.2, 0.2), (0.1, 0.28), (0.0, 0.0)])
-def test_loss_equals_a_loop_over_tokens(seed, low, high):
-    """Token mean and sequence mean, to float64 rounding."""
-    new_BT, old_BT, advantages_B, mask_BT = random_inputs(seed=seed)
-    denominators = {"token": mask_BT.sum().item(), "sequence": mask_BT.sum(1, keepdim=True) * len(mask_BT)}
-    for mean, denominator in denominators.items():
-        loss = grpo_loss(new_BT, old_BT, advantages_B, mask_BT, low, high, denominator)
-        expected = loop_loss(new_BT, old_BT, advantages_B, mask_BT, low, high, mean)
-        assert loss.item() == pytest.approx(expected, rel=1e-12)
+@pytest.mark.parametrize("mean", ["token", "sequence"])
+def test_loss_equals_a_loop_over_tokens_padded_and_packed(mean, low, high):
+    """To float64 rounding. (N,) packed gives the value and gradient of (B, T) padded, whatever finite junk
+    the padding holds, and there the gradient is exactly 0."""
+    for seed, junk in enumerate((0.0, 1e4, -1e4)):
+        *inputs, mask_BT = random_inputs(seed)
+        weights_BT = weights_of(mask_BT, mean)
+        expected = loop_loss(*inputs, mask_BT, low, high, mean)
+        packed = [x[mask_BT > 0].requires_grad_() for x in (*inputs[:2], inputs[2] + 0, weights_BT)]
+        padded = [x.masked_fill(mask_BT == 0, junk * i).requires_grad_() for i, x in enumerate(inputs, 1)]
+        for *x, weights in (packed, (*padded, weights_BT)):
+            loss = grpo_loss(*x, weights, low, high) + 0 * k3_divergence(x[0], x[1], weights)
+            loss.backward()
+            assert loss.item() == pytest.approx(expected, rel=1e-12)
+        assert torch.equal(padded[0].grad[mask_BT > 0], packed[0].grad)
+        assert (padded[0].grad[mask_BT == 0] == 0).all() and packed[0].grad.norm() > 0.01
 
 
 def trl_cases():
@@ -291,1238 +383,286 @@ def trl_cases():
 
 @pytest.mark.parametrize("golden, case", trl_cases())
 def test_loss_and_gradient_equal_trls(golden, case):
-    """TRL 1.16.0 on the same numbers (golden/make_trl_loss.py), clip and k3 included, to float64 rounding. Its
-    "grpo" is the sequence mean, "bnpo" the token mean of a batch, "dapo" that of an update in micro-batches."""
+    """TRL 1.16.0 on the same numbers (golden/make_trl_loss.py), clip and k3 included, to float64 rounding.
+    Its "grpo" is the sequence mean, "bnpo" the token mean of a batch, "dapo" that of an update in
+    micro-batches. Its "dr_grpo" is the sum of "bnpo" over B x T places, whatever the lengths."""
     new_BT, old_BT, reference_BT, advantages_B = (torch.tensor(golden[name], dtype=torch.float64) for name in
                                                   ("logprobs", "old_logprobs", "reference", "advantages"))
     mask_BT = (torch.arange(new_BT.shape[1]) < torch.tensor(golden["lengths"])[:, None]).double()
-    denominator = {"grpo": mask_BT.sum(1, keepdim=True) * len(mask_BT), "bnpo": mask_BT.sum().item(),
-                   "dapo": mask_BT.sum().item() + golden["other_tokens"]}[case["loss_type"]]
-    new_BT.requires_grad_()
-    loss = grpo_loss(new_BT, old_BT, advantages_B, mask_BT, case["clip_low"], case["clip_high"], denominator)
-    loss = loss + case["kl"] * k3_divergence(new_BT, reference_BT, mask_BT, denominator)
-    loss.backward()
-    assert loss.item() == pytest.approx(case["loss"], rel=1e-12)
-    expected_BT = torch.tensor(case["gradient"], dtype=torch.float64)
-    torch.testing.assert_close(new_BT.grad, expected_BT, rtol=1e-12, atol=1e-15)
+    tokens = mask_BT.sum().item()
+    forms = {"grpo": [(weights_of(mask_BT, "sequence"), 1)],
+             "dapo": [(mask_BT / (tokens + golden["other_tokens"]), 1)],
+             "bnpo": [(weights_of(mask_BT, "token"), 1),
+                      (weights_of(mask_BT, "constant"), tokens / mask_BT.numel())]}
+    for weights_BT, scale in forms[case["loss_type"]]:
+        leaf_BT = new_BT.clone().requires_grad_()
+        loss = grpo_loss(leaf_BT, old_BT, advantages_B[:, None], weights_BT, case["clip_low"],
+                         case["clip_high"])
+        loss = loss + case["kl"] * k3_divergence(leaf_BT, reference_BT, weights_BT)
+        loss.backward()
+        assert loss.item() == pytest.approx(scale * case["loss"], rel=1e-12)
+        expected_BT = scale * torch.tensor(case["gradient"], dtype=torch.float64)
+        torch.testing.assert_close(leaf_BT.grad, expected_BT, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("junk", [1e4, -1e4, math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("where", ["new", "old", "reference"])
-def test_padding_cannot_reach_loss_or_gradient(junk, where):
-    """Junk at masked positions leaves loss and gradient as they were, finite, and exactly 0 at these
-    positions."""
-    clean = random_inputs()
-    dirty = [x.detach().clone() for x in clean]
-    reference_BT = dirty[1] - 0.1
-    padding_BT = clean[3] == 0
-    {"new": dirty[0], "old": dirty[1], "reference": reference_BT}[where][padding_BT] = junk
-    results = []
-    for (new_BT, old_BT, advantages_B, mask_BT), ref_BT in ((clean, clean[1] - 0.1), (dirty, reference_BT)):
-        new_BT = new_BT.detach().clone().requires_grad_()
-        loss = grpo_loss(new_BT, old_BT, advantages_B, mask_BT, 0.2, 0.2, 30.0)
-        (loss + k3_divergence(new_BT, ref_BT, mask_BT, 30.0)).backward()
-        results.append((loss.item(), new_BT.grad))
-    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
-    assert results[1][1].isfinite().all() and (results[1][1][padding_BT] == 0).all()
-
-
-@pytest.mark.parametrize("log_ratio", [1e4, -1e4])
-@pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_an_absurd_ratio_of_a_real_token_gives_a_finite_loss_and_gradient(log_ratio, advantage):
-    """In float32, where e^89 overflows."""
-    new_BT = torch.tensor([[log_ratio, 0.0]], requires_grad=True)
-    loss = grpo_loss(new_BT, torch.zeros(1, 2), torch.tensor([advantage]), torch.ones(1, 2), 0.2, 0.2, 2.0)
-    loss.backward()
-    assert loss.isfinite() and new_BT.grad.isfinite().all() and new_BT.grad[0, 1] == -advantage / 2
+BIG, SMALL = math.exp(20), math.exp(-20)
 
 
 @pytest.mark.parametrize("advantage, ratio, value, slope", [
     (2.0, 0.5, 0.5, 0.5), (2.0, 1.1, 1.1, 1.1), (2.0, 1.5, 1.3, 0.0),         # A > 0 is clipped above only
-    (-2.0, 0.5, 0.9, 0.0), (-2.0, 0.95, 0.95, 0.95), (-2.0, 1.5, 1.5, 1.5)])  # A < 0 is clipped below only
-def test_clip_in_all_six_regions(advantage, ratio, value, slope):
-    """Clip 0.1 below, 0.3 above. The objective is value * A, its slope in the log-prob is slope * A."""
-    new_BT = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
-    one = torch.ones(1, 1, dtype=torch.float64)
-    loss = grpo_loss(new_BT, 0 * one, advantage * one[0], one, 0.1, 0.3, 1.0)
+    (-2.0, 0.5, 0.9, 0.0), (-2.0, 0.95, 0.95, 0.95), (-2.0, 1.5, 1.5, 1.5),   # A < 0 is clipped below only
+    (2.0, math.inf, 1.3, 0.0), (2.0, 0.0, SMALL, 0.0), (-2.0, math.inf, BIG, 0.0), (-2.0, 0.0, 0.9, 0.0)])
+def test_clip_in_all_regions(advantage, ratio, value, slope):
+    """Clip 0.1 below, 0.3 above. The objective is value * A, its slope in the log-prob is slope * A; where
+    the clip made it 0 the token counts as clipped. A ratio of e^10000 or its inverse, of a real token,
+    ends at e^20 or e^-20: in float32, where e^89 overflows, loss and gradient stay finite, and the other
+    token's gradient is its own."""
+    log_ratio = 1e4 if ratio == math.inf else math.log(ratio or 1e-300) * (1 if ratio else 20)
+    new_N = torch.tensor([log_ratio, 0.0], requires_grad=True)
+    old_N = torch.zeros(2)
+    advantages_N = torch.full((2,), advantage)
+    loss = grpo_loss(new_N, old_N, advantages_N, torch.ones(2), 0.1, 0.3)
     loss.backward()
-    assert loss.item() == pytest.approx(-value * advantage, rel=1e-12)
-    assert new_BT.grad.item() == pytest.approx(-slope * advantage, rel=1e-12)
-    config, batch = Config(clip_low=0.1, clip_high=0.3), SimpleNamespace(
-        old_logprobs_BT=0 * one, advantages_B=advantage * one[0], loss_mask_BT=one)
-    assert bread.num_clipped(config, batch, new_BT.detach()) == (slope == 0)
+    assert loss.item() == pytest.approx(-(value + 1) * advantage, rel=1e-6)
+    assert new_N.grad.tolist() == pytest.approx([-slope * advantage, -advantage], rel=1e-6)
+    batch = SimpleNamespace(rollouts=[SimpleNamespace(finish_reason="stop")], old_logprobs_N=old_N,
+                            expand=lambda values: torch.ones(2), advantages_N=advantages_N)
+    sums = collections.Counter()
+    report.measure(Config(clip_low=0.1, clip_high=0.3), batch, new_N.detach(), torch.ones(2), True, sums)
+    assert sums["clipped"] == (value in (0.9, 1.3)) and sums["gap"] == pytest.approx(abs(log_ratio))
 
 
-def test_at_old_equals_new_the_gradient_is_reinforces():
-    """Ratio 1: the loss is minus the weighted mean of A, and d loss / d logprob = -A * mask / denominator."""
-    new_BT, _, advantages_B, mask_BT = random_inputs()
-    for denominator in (mask_BT.sum().item(), mask_BT.sum(1, keepdim=True) * len(mask_BT)):
-        new_BT.grad = None
-        loss = grpo_loss(new_BT, new_BT.detach(), advantages_B, mask_BT, 0.2, 0.2, denominator)
-        loss.backward()
-        expected_BT = -advantages_B[:, None] * mask_BT / denominator
-        torch.testing.assert_close(new_BT.grad, expected_BT, rtol=1e-12, atol=0)
-        assert loss.item() == pytest.approx(expected_BT.sum().item(), rel=1e-12)
-        assert new_BT.grad.norm() > 0.01
-
-
-def test_k3_is_never_negative_and_moves_the_policy_only():
-    """0 where both agree; its slope in the policy's log-prob is 1 - exp(d) with d = log ref - log policy."""
-    new_BT, reference_BT, _, mask_BT = random_inputs(spread=1.0)
-    for row in range(len(new_BT)):
-        assert k3_divergence(new_BT[row], reference_BT[row], mask_BT[row], 1.0) >= 0
-    assert k3_divergence(new_BT, new_BT.detach(), mask_BT, 1.0) == 0
-    k3_divergence(new_BT, reference_BT, mask_BT, 5.0).backward()
-    expected_BT = (1 - (reference_BT - new_BT.detach()).exp()) * mask_BT / 5
-    torch.testing.assert_close(new_BT.grad, expected_BT, rtol=1e-10, atol=1e-12)
-
-
-def test_luffys_weight_is_p_over_p_plus_shaping_and_is_never_clipped():
-    """Value and gradient against float64 written out, for likely and unlikely tokens; padding has no part in it."""
-    new_BT, _, advantages_B, mask_BT = random_inputs(spread=3.0)
-    new_BT = (new_BT.detach().double() - 2).requires_grad_()
-    loss = luffy_loss(new_BT, advantages_B.double(), mask_BT.double(), 0.1, 7.0)
-    p_BT, A_B1 = new_BT.detach().exp(), advantages_B.double().unsqueeze(1)
-    assert p_BT.min() < 0.01 and p_BT.max() > 0.5
-    assert loss.item() == pytest.approx(-(p_BT / (p_BT + 0.1) * A_B1 * mask_BT).sum().item() / 7, rel=1e-12)
-    loss.backward()
-    expected_BT = -p_BT * 0.1 / (p_BT + 0.1)**2 * A_B1 * mask_BT / 7
-    torch.testing.assert_close(new_BT.grad, expected_BT, rtol=1e-10, atol=1e-14)
-
-
-def test_expert_shaping_touches_the_experts_rollout_only(new_run, monkeypatch):
-    """A group with an expert's trace: its row follows luffy_loss, the sampled rows GRPO's clipped objective; without
-    the option all rows do, the expert's from a ratio of 1."""
-    run = new_run()
-    groups = sampled_groups(run, num=1)
-    groups[0][-1] = bread.expert_rollout(run, run.problems[0], advantage=1.5)
-    for shaping in (0.0, 0.1):
-        run.config = dataclasses.replace(run.config, expert_shaping=shaping)
-        seen = []
-        real = bread.batch_loss
-        with monkeypatch.context() as patch:
-            patch.setattr(bread, "batch_loss", lambda config, batch, logprobs_BT, supervised: seen.append(
-                (batch, logprobs_BT.detach(), real(config, batch, logprobs_BT, supervised))) or seen[-1][2])
-            bread.update(run, groups)
-        (batch, logprobs_BT, loss), = seen
-        expert_B = batch.expert_B1.squeeze(1)
-        assert expert_B.sum() == 1 and batch.advantages_B[expert_B > 0] == 1.5
-        sampled_BT, trace_BT = (batch.loss_mask_BT * keep for keep in (1 - batch.expert_B1, batch.expert_B1))
-        clipped = grpo_loss(logprobs_BT, batch.old_logprobs_BT, batch.advantages_B,
-                            sampled_BT if shaping else batch.loss_mask_BT, 0.2, 0.2, batch.denominator)
-        shaped = luffy_loss(logprobs_BT, batch.advantages_B, trace_BT, 0.1, batch.denominator) if shaping else 0
-        assert loss.item() == pytest.approx(float(clipped + shaped), rel=1e-5)
-
-
-def test_an_sft_step_after_the_update_is_sft(new_run):
-    """`update(supervised=True)` moves the weights exactly as --method sft does on the same traces, once, however many
-    updates a batch of rollouts gets; the update's own metrics stay."""
-    weights = []
-    for method, fields in (("grpo", dict(updates_per_batch=3, on_fail="sft")), ("sft", {})):
-        run = new_run(method=method, lr=1e-2, **fields)
-        run.metrics = {"loss": 7.0}
-        traces = [[bread.expert_rollout(run, problem, advantage=1.0)] for problem in run.problems[:3]]
-        bread.update(run, traces, *([True] if method == "grpo" else []))
-        weights.append([weight.detach().clone() for weight in run.weights])
-        assert method == "sft" or run.metrics["loss"] == 7.0 and run.metrics["sft/loss"] > 0
-    assert all(torch.equal(a, b) for a, b in zip(*weights))
-
-
-def test_no_active_token_gives_loss_zero_and_a_usable_backward():
-    """Not 0/0, neither by the token mean nor by the sequence mean of rows that hold nothing."""
-    new_BT, old_BT, advantages_B, mask_BT = random_inputs()
-    loss = grpo_loss(new_BT, old_BT, advantages_B, torch.zeros_like(mask_BT), 0.2, 0.2, 10.0)
-    loss = loss + k3_divergence(new_BT, old_BT, torch.zeros_like(mask_BT), 10.0)
-    loss.backward()
-    assert loss.item() == 0 and (new_BT.grad == 0).all()
-
-
-def test_gradient_flows_through_the_new_logprobs_only():
-    """Old log-probs and advantages that carry a graph by mistake would be found here: they are data."""
-    new_BT, old_BT, advantages_B, mask_BT = random_inputs()
-    loss = grpo_loss(new_BT, old_BT, advantages_B, mask_BT, 0.2, 0.2, 10.0)
-    assert loss.requires_grad and loss.dim() == 0
-    loss.backward()
-    assert new_BT.grad.abs().sum() > 0 and old_BT.grad is None and advantages_B.grad is None
-
-
-# ---------------------------------------------------------------- batches
-
-
-def hand_rollout(prompt_ids, anchor_ids, completion_ids, advantage=1.0, logprobs=...):
-    logprobs = [-1.0 - 0.01 * i for i in range(len(completion_ids))] if logprobs is ... else logprobs
-    return Rollout(make_problem([]), len(anchor_ids), prompt_ids, anchor_ids, completion_ids, logprobs, "stop",
-                   reward=1.0, advantage=advantage)
-
-
-def stand_in(**fields):
-    return SimpleNamespace(config=Config(**fields), device=torch.device("cpu"))
-
-
-def make_batch(run, rollouts, num_tokens=1, num_rollouts=1):
-    """A Batch of rollouts that share nothing: row i continues prefix i."""
-    return bread.make_batch(run, list(enumerate(rollouts)), num_tokens, num_rollouts)
-
-
-def test_loss_mask_is_the_picture():
-    """q q q e | e o o o -> o o o s: context but for its last token; input; one target each, all of them in the loss,
-    and padding up to the longest completion, not to the longest question."""
-    rows = [hand_rollout([11, 12, 13], [21, 22], [31, 32, 33, 9]), hand_rollout([11] * 5, [], [31] * 6)]
-    (prefixes, (batch,)), = bread.make_packs(stand_in(), [rows], num_tokens=10, num_rollouts=2)
-    assert prefixes == [[11, 12, 13, 21], [11] * 4]
-    assert batch.rows == [(0, [22, 31, 32, 33]), (1, [11, 31, 31, 31, 31, 31])]
-    assert batch.targets_N.tolist() == [31, 32, 33, 9] + [31] * 6
-    assert batch.loss_mask_BT.tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
-    assert batch.old_logprobs_BT[0].tolist() == pytest.approx([-1.0, -1.01, -1.02, -1.03, 0, 0])
-    assert batch.denominator == 10
-
-
-def test_masks_come_from_lengths_not_from_token_values():
-    """Ids equal to the padding value 0, and stop ids inside prompt, anchor and completion, change nothing."""
-    plain = [hand_rollout([11, 12, 13], [21, 22], [31, 32, 33]), hand_rollout([11], [], [31] * 9)]
-    tricky = [hand_rollout([0, 9, 0], [9, 0], [0, 9, 0]), hand_rollout([0], [], [0] * 9)]
-    a, b = (make_batch(stand_in(), rows, 12, 2) for rows in (plain, tricky))
-    assert torch.equal(a.loss_mask_BT, b.loss_mask_BT) and torch.equal(a.old_logprobs_BT, b.old_logprobs_BT)
-    assert [len(ids) for _, ids in a.rows] == [len(ids) for _, ids in b.rows] == [3, 9]
-
-
-def test_anchor_tokens_are_in_no_denominator():
-    """Sequence mean: a row counts its completion only, not prompt and anchor, times the rollouts of the
-    update."""
-    rows = [hand_rollout([11] * 3, [21] * 7, [31] * 4), hand_rollout([11] * 8, [], [31] * 2)]
-    batch = make_batch(stand_in(loss_mean="sequence"), rows, num_tokens=999, num_rollouts=5)
-    assert batch.denominator.tolist() == [[20.0], [10.0]]
-
-
-def test_a_row_without_tokens_has_no_zero_denominator():
-    """A sequence mean over nothing is 0, not 0/0, which would make the whole update NaN."""
-    rows = [hand_rollout([11] * 3, [], []), hand_rollout([11] * 8, [], [31] * 2)]
-    batch = make_batch(stand_in(loss_mean="sequence"), rows, num_tokens=2, num_rollouts=2)
-    assert bread.batch_loss(Config(), batch, torch.zeros_like(batch.old_logprobs_BT), supervised=False).isfinite()
-
-
-def test_a_context_runs_once_and_every_rollout_is_in_one_micro_batch():
-    """Groups of 5, 2, 1 and 1 in micro-batches of 3: no context is in two packs, no batch is larger than 3, small
-    groups share one, and rollouts behind the same tokens share a prefix, whichever of these are an anchor."""
-    sizes = {(11, 12): 5, (13,): 2, (14, 15, 16): 1, (17, 18): 1}
-    groups = [[hand_rollout(list(context), [], [31, 9], advantage=1.0 + i) for i in range(size)]
-              for context, size in sizes.items()]
-    groups[2].append(hand_rollout([14], [15, 16], [32, 9], advantage=2.0))
-    packs = bread.make_packs(stand_in(micro_batch_size=3), groups, num_tokens=1, num_rollouts=1)
-    contexts = [tuple(prefix) for prefixes, _ in packs for prefix in prefixes]
-    assert sorted(contexts) == [(), (11,), (14, 15), (17,)]
-    found = [([*prefixes[i], ids[0]], advantage) for prefixes, batches in packs for batch in batches
-             for (i, ids), advantage in zip(batch.rows, batch.advantages_B.tolist())]
-    assert sorted(found) == sorted((r.prompt_ids + r.anchor_ids, r.advantage) for group in groups for r in group)
-    assert [[len(batch.rows) for batch in batches] for _, batches in packs] == [[2], [3, 2], [3]]
-
-
-def test_only_completion_tokens_are_targets_and_the_anchor_is_attended_to(new_run):
-    """The LM head sees the completion's targets and no others; another anchor gives them other log-probs."""
-    run, seen = new_run(), []
-
-    def linear_logprob(hidden_ND, weight_VD, targets_N, temperature):
-        seen.append((len(hidden_ND), targets_N.tolist()))
-        return bread.plain.linear_logprob(hidden_ND, weight_VD, targets_N, temperature)
-
-    def logprobs():
-        prefixes = bread.Prefixes(run.model, [(r.prompt_ids + r.anchor_ids)[:-1] for r in rows])
-        return bread.token_logprobs(run, run.model, prefixes, make_batch(run, rows, 5, 2))[0]
-    run.ops = SimpleNamespace(linear_logprob=linear_logprob)
-    rows = [hand_rollout([11, 12], [21, 22], [31, 32, 9]), hand_rollout([11], [23], [33, 9])]
-    logprobs_BT = logprobs()
-    assert seen == [(5, [31, 32, 9, 33, 9])]
-    for anchor_ids in ([99, 22], [21, 99]):  # one token that only the prefix holds, one that opens the input
-        rows[0].anchor_ids = anchor_ids
-        other_BT = logprobs()
-        assert (logprobs_BT[0] != other_BT[0]).all() and torch.equal(logprobs_BT[1], other_BT[1])
+def test_k3_is_never_negative_and_zero_where_both_agree():
+    """Of one token each, below and above; its gradient is TRL's (above)."""
+    new_BT, reference_BT, _, mask_BT = random_inputs(0, spread=1.0)
+    tokens = zip(new_BT.flatten(), reference_BT.flatten(), mask_BT.flatten())
+    assert all(k3_divergence(*token) >= 0 for token in tokens)
+    assert k3_divergence(new_BT, new_BT, mask_BT) == 0 < k3_divergence(new_BT, reference_BT, mask_BT)
 
 
 # ---------------------------------------------------------------- the update
 
 
-def trunk_of(run, problems):
-    """What `search_anchors` makes: question and trace of every problem in one trunk, and who is where."""
-    sequences = [problem.prompt_ids + problem.expert_ids for problem in problems]
-    return bread.prefill(run.model, sequences), {problem.id: i for i, problem in enumerate(problems)}
+class Recorder:
+    """Stands where the optimizer stands: keeps the gradient of every step, flat, in float64; changes no
+    weight."""
+
+    def __init__(self, policy):
+        self.weights = list(policy.model.parameters())
+        self.gradients = []
+
+    def step(self, lr, max_norm, loss):
+        self.gradients.append(torch.cat([weight.grad.double().flatten() for weight in self.weights]))
+        for weight in self.weights:
+            weight.grad = None
+        return self.gradients[-1].norm().item()
 
 
-def sampled_groups(run, num=5):
-    """Groups that the run's own model sampled: some anchored, of mixed lengths, with made-up rewards."""
-    points = [(problem, 0 if i % 2 else problem.cuts[0]) for i, problem in enumerate(run.problems[:num])]
-    trunk = trunk_of(run, run.problems[:num]) if run.config.anchor_placement == "prefill" else None
-    groups = bread.sample_groups(run, points, "base", trunk)
-    for g, group in enumerate(groups):
-        for i, rollout in enumerate(group):
-            keep = 1 + (7 * g + 5 * i) % len(rollout.completion_ids)
-            rollout.completion_ids, rollout.logprobs = rollout.completion_ids[:keep], rollout.logprobs[:keep]
-            rollout.reward = float((g + i) % 3 == 0)
-        bread.set_advantages(group, divide_by_std=True)
+def gradient_of(policy, groups, ranks=None, loss_of=bread.batch_loss, **fields):
+    """(gradient of `update`, its sums); keywords are fields of Config."""
+    recorder = Recorder(policy)
+    changed = SimpleNamespace(**vars(policy) | {"config": dataclasses.replace(policy.config, **fields)})
+    sums, _ = bread.update(changed, recorder, ranks or Ranks("cpu"), groups, 1e-3, loss_of)
+    return recorder.gradients[0], sums
+
+
+def other_model():
+    """The example's model with noise on its weights: a reference that differs."""
+    model = Transformer.from_pretrained(CHAIN / "model")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.01 * torch.randn(weight.shape, generator=generator))
+    return model
+
+
+def mixed_groups(policy, problems, drift=0.3):
+    """Five groups that the policy sampled, of ragged lengths with made-up rewards, three of them anchored;
+    one rollout is an expert's trace; the fourth group has equal rewards; the last two stand behind a
+    context of one token (an empty prefix) and behind the first one's question. Old log-probs are moved by
+    `drift`, as if the policy had moved since: ratios are not 1, and some tokens are clipped."""
+    short = dataclasses.replace(problems[7], prompt_ids=problems[7].prompt_ids[:1])
+    points = [(problems[4], 0), *((problems[i], problems[i].cuts[i % 3]) for i in (5, 6, 8))]
+    groups = bread.sample_groups(policy, points, 0, "base")
+    groups += bread.sample_groups(policy, [(short, 0), (problems[4], 0)], 0, "resample")
+    groups[0][-1], = bread.expert_rollouts(policy, [problems[4]])
+    rng = random.Random(0)
+    for i, rollout in enumerate(flat(groups)):
+        keep = 1 + 5 * i % len(rollout.completion_ids)
+        rollout.completion_ids = rollout.completion_ids[:keep]
+        rollout.logprobs = [logprob + rng.gauss(0, drift) for logprob in rollout.logprobs[:keep]]
+        rollout.reward = float((i // 4 + i) % 3 == 0 and i // 4 != 3)
+    bread.set_advantages(groups, divide_by_std=True)
     return groups
 
 
-def gradient_of_update(run, groups, **fields):
-    """The gradient at which `update` calls the optimizer, flat, in float64; no weight changes."""
-    gradients = []
-
-    def record(loss):
-        gradients.append(torch.cat([weight.grad.double().flatten() for weight in run.weights]))
-        run.optimizer.zero_grad(set_to_none=True)
-        return gradients[-1].norm().item()
-    config = run.config
-    run.config, run.optimizer_step = dataclasses.replace(config, **fields), record
-    bread.update(run, groups)
-    run.config = config
-    gradient, = gradients
-    return gradient
+def token_logprobs(policy, model, rollout):
+    """(log-probs (N,) of a completion, with a gradient, and entropies (N,)): the rollout alone in a full
+    row."""
+    ids = torch.tensor(rollout.prompt_ids + rollout.anchor_ids + rollout.completion_ids)
+    N = len(rollout.completion_ids)
+    logits_NV = model.logits(model(ids[None])[0, -N - 1:-1]) / policy.config.temperature
+    logprobs_NV = logits_NV.log_softmax(-1)
+    return logprobs_NV[range(N), ids[-N:]], -(logprobs_NV.exp() * logprobs_NV).sum(-1).detach()
 
 
-def drift(groups, size=0.3):
-    """Move the old log-probs as if the policy had moved since: ratios are not 1, and some tokens are clipped."""
-    rng = random.Random(0)
-    for rollout in itertools.chain(*groups):
-        if rollout.logprobs is not None:
-            rollout.logprobs = [logprob + rng.gauss(0, size) for logprob in rollout.logprobs]
-
-
-@pytest.mark.parametrize("kl", [0.0, 0.1])
-@pytest.mark.parametrize("loss_mean", ["token", "sequence"])
-def test_gradient_does_not_depend_on_micro_batches_or_row_order(new_run, loss_mean, kl):
-    """One denominator for the whole update. float32: relative 1e-6 of the norm is a few roundings of the sum."""
-    run = new_run(kl=kl)
-    if kl:
-        run.reference = random_model(run.model.config, seed=1)
-    groups = sampled_groups(run)
-    drift(groups)
-    whole = gradient_of_update(run, groups, micro_batch_size=100, loss_mean=loss_mean, kl=kl)
-    shuffled = [random.Random(g).sample(group, len(group)) for g, group in enumerate(groups)][::-1]
-    for order, size in itertools.product((groups, shuffled), (1, 2, 8, 100)):
-        part = gradient_of_update(run, order, micro_batch_size=size, loss_mean=loss_mean, kl=kl)
-        assert (part - whole).norm() < 1e-6 * whole.norm()
-
-
-def one_at_a_time(run, groups, loss_mean, kl=0.0, cap=0.0):
-    """The oracle: every rollout alone through the model, the objective written out. Returns (loss, flat gradient).
-
-    Old log-probs are the sampler's; the trainer's own where nobody sampled, and with a cap for importance weights.
-    """
-    rollouts, loss = [rollout for group in groups for rollout in group], 0.0
-    num_tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
-    for weight in run.weights:
-        weight.grad = torch.zeros_like(weight)
+def one_at_a_time(policy, groups, loss_mean="token", kl=0.0, cap=0.0):
+    """The oracle: every rollout alone through the model, the objective written out. Returns (gradient,
+    loss)."""
+    rollouts = flat(groups)
+    num_tokens = sum(map(len, ids_of(rollouts)))
+    loss = 0.0
     for r in rollouts:
-        ids, N = torch.tensor(r.prompt_ids + r.anchor_ids + r.completion_ids), len(r.completion_ids)
-        new, ref = ((model.logits(model(ids[None])[0, -N - 1:-1]) / run.config.temperature).log_softmax(-1)
-                    [range(N), ids[-N:]] for model in (run.model, run.reference or run.model))
-        sampled = new.detach() if r.logprobs is None else torch.tensor(r.logprobs)
-        weights = (new.detach() - sampled).exp().clamp(max=cap) if cap else 1.0
-        ratio, d = (new - (new.detach() if cap else sampled)).exp(), ref.detach() - new
+        new = token_logprobs(policy, policy.model, r)[0]
+        reference = token_logprobs(policy, policy.reference or policy.model, r)[0].detach()
+        sampler = new.detach() if cap and r.finish_reason == "expert" else torch.tensor(r.logprobs)
+        weights = (new.detach() - sampler).exp().clamp(max=cap) if cap else 1.0
+        ratio = (new - (new.detach() if cap else sampler)).exp()
+        d = reference - new
         terms = torch.min(ratio * r.advantage, ratio.clamp(0.8, 1.2) * r.advantage) - kl * (d.exp() - d - 1)
-        part = -(weights * terms).sum() / (num_tokens if loss_mean == "token" else N * len(rollouts))
+        count = num_tokens if loss_mean == "token" else len(new) * len(rollouts)
+        part = -(weights * terms).sum() / count
         part.backward()
         loss += part.item()
-    gradient = torch.cat([weight.grad.double().flatten() for weight in run.weights])
-    run.optimizer.zero_grad(set_to_none=True)
-    return loss, gradient
+    recorder = Recorder(policy)
+    recorder.step(0, 0, loss)
+    return recorder.gradients[0], loss
 
 
-@pytest.mark.parametrize("kl", [0.0, 0.1])
-@pytest.mark.parametrize("loss_mean", ["token", "sequence"])
-def test_gradient_equals_one_rollout_at_a_time_without_padding(new_run, loss_mean, kl):
-    """A group with equal rewards has no gradient but counts in both means; KL acts on it, too."""
-    run = new_run(kl=kl, temperature=0.7)
-    run.reference = random_model(run.model.config, seed=1)
-    groups = sampled_groups(run)
-    for rollout in groups[1]:
-        rollout.advantage = 0.0
-    drift(groups)
-    gradient = gradient_of_update(run, groups, micro_batch_size=8, loss_mean=loss_mean, kl=kl)
-    _, expected = one_at_a_time(run, groups, loss_mean, kl)
-    assert (gradient - expected).norm() < 2e-6 * expected.norm()
+@pytest.mark.parametrize("size, loss_mean, kl, cap, recompute, num_ranks", [
+    (1, "token", 0.0, 0.0, False, 1), (3, "sequence", 0.0, 1.1, True, 1), (5, "token", 0.1, 1.1, False, 2),
+    (100, "sequence", 0.1, 0.0, False, 3), (8, "token", 0.1, 0.0, True, 1)])
+def test_gradient_equals_one_rollout_at_a_time(make, size, loss_mean, kl, cap, recompute, num_ranks):
+    """Whatever the micro-batches, the order of rollouts, what is shared or recomputed, and how groups fall
+    to ranks; with both means, the KL term and capped importance weights (on every term; denominators count
+    tokens): 5e-6 of the norm is some float32 roundings of the sum. Only completions have a loss; a group
+    with equal rewards counts in both means and is run for the KL term alone; --kl 0 loads no reference."""
+    policy, problems = make(temperature=0.7, recompute=recompute)
+    assert policy.reference is None and policy.model.recompute == recompute
+    policy.reference = other_model() if kl else None
+    groups = mixed_groups(policy, problems)
+    expected, loss = one_at_a_time(policy, groups, loss_mean, kl, cap)
+    run = groups if kl else [[r for r in group if r.advantage] for group in groups]
+    whole = {"tokens": sum(map(len, ids_of(flat(groups)))), "rollouts": len(flat(groups)),
+             "trained": len(flat(run))}
+    shuffled = [random.Random(g).sample(group, len(group)) for g, group in enumerate(groups)][::-1]
+    gradient, sums = 0.0, collections.Counter()
+    for rank in range(num_ranks):
+        ranks = SimpleNamespace(total=lambda mine: whole) if num_ranks > 1 else Ranks("cpu")
+        mine, counts = gradient_of(policy, shuffled[rank::num_ranks], ranks, micro_batch_size=size,
+                                   loss_mean=loss_mean, kl=kl, importance_cap=cap)
+        gradient = gradient + mine
+        sums.update(counts)
+    assert (gradient - expected).norm() < 5e-6 * expected.norm()
+    assert sums["loss"] == pytest.approx(loss, abs=1e-6) and abs(loss) > 1e-3
+    if num_ranks == 1:
+        contexts = {tuple(r.prompt_ids + r.anchor_ids) for r in flat(run)}
+        passed = sum(len(context) - 1 for context in contexts) + sum(map(len, ids_of(flat(run))))
+        assert sums["tokens/trained"] == passed, "every context once, every completion once"
 
 
-@pytest.mark.parametrize("cap", [0.0, 1.1])
-@pytest.mark.parametrize("micro_batch_size", [1, 3, 5, 100])
-def test_gradient_does_not_depend_on_what_is_shared(new_run, micro_batch_size, cap):
-    """Groups larger than a micro-batch; an expert's trace among a group's rollouts, which share its question; a
-    context of one token, which leaves an empty prefix; the same question behind two groups; with importance weights
-    and without. All as the oracle has it, which shares nothing."""
-    run = new_run(importance_cap=cap)
-    groups = sampled_groups(run, num=3)
-    groups[1][-1] = bread.expert_rollout(run, run.problems[1], advantage=0.9)
-    short = dataclasses.replace(run.problems[3], prompt_ids=run.problems[3].prompt_ids[:1])
-    groups += bread.sample_groups(run, [(short, 0), (run.problems[1], 0)], "resample")
-    for i, rollout in enumerate(itertools.chain(*groups[3:])):
-        rollout.advantage = 1.0 - 0.3 * i
-    drift(groups)
-    packs = bread.make_packs(run, groups, 1, 1)
-    assert sorted(len(prefix) for prefixes, _ in packs for prefix in prefixes)[0] == 0
-    assert sum(len(prefixes) for prefixes, _ in packs) == 4, "the question of groups 1 and 4 is one context"
-    gradient = gradient_of_update(run, groups, micro_batch_size=micro_batch_size)
-    loss, expected = one_at_a_time(run, groups, "token", cap=cap)
-    assert (gradient - expected).norm() < 2e-6 * expected.norm()
-    assert run.metrics["loss"] == pytest.approx(loss, abs=1e-6)
+@pytest.mark.parametrize("cap", [0.0, 1.2])
+def test_old_logprobs_and_weights_stay_fixed_over_the_updates_of_a_batch(make, cap):
+    """Three updates, while the policy moves. With a cap the old log-probs are the trainer's of the first
+    pass, and a token's weight min(cap, trainer's / sampler's probability), 1 on the expert's; without, the
+    sampler's and none. The metric is the mean of the ratios. A token that the trainer thinks impossible (a
+    ratio below e^-104) has weight 0."""
+    policy, problems = make(updates_per_batch=3, micro_batch_size=100, importance_cap=cap)
+    groups = mixed_groups(policy, problems, drift=0.5)[:1]
+    rows = sorted(groups[0], key=lambda rollout: -len(rollout.completion_ids))
+    if cap:
+        next(row for row in rows if row.finish_reason != "expert").logprobs[0] = 200.0
+    exact_N = torch.cat([token_logprobs(policy, policy.model, row)[0].detach() for row in rows])
+    sampler_N = torch.cat([torch.tensor(row.logprobs) for row in rows])
+    is_sampled_N = torch.cat([torch.full((len(row.logprobs),), row.finish_reason != "expert")
+                              for row in rows])
+    factors_N = torch.where(is_sampled_N, (exact_N - sampler_N).exp().clamp(max=cap or math.inf), 1.0)
+    seen = []
+
+    def loss_of(config, batch, logprobs_N):
+        seen.append((batch.old_logprobs_N.clone(), batch.weights_N.clone(), logprobs_N.detach()))
+        return bread.batch_loss(config, batch, logprobs_N)
+    optimizer = MasterAdamW(policy.model.parameters(), Ranks("cpu"))
+    sums, norms = bread.update(policy, optimizer, Ranks("cpu"), groups, 1e-3, loss_of)
+    (old_1, weights_1, new_1), (_, _, new_2), (_, _, new_3) = seen
+    assert len(norms) == 3
+    for old_N, weights_N, _ in seen[1:]:
+        assert torch.equal(old_N, old_1) and torch.equal(weights_N, weights_1)
+    torch.testing.assert_close(old_1, exact_N if cap else sampler_N, rtol=0, atol=1e-5)
+    expected_N = (factors_N if cap else torch.ones_like(factors_N)) / len(factors_N)
+    torch.testing.assert_close(weights_1, expected_N, rtol=1e-4, atol=1e-8)
+    assert not cap or (factors_N == cap).any() and (factors_N == 0).any()
+    assert (new_2 - new_1).abs().max() > 1e-3 and (new_3 - new_2).abs().max() > 1e-3
+    mean = factors_N[is_sampled_N].mean().item()
+    assert report.step_metrics(sums)["sampler/importance_weight"] == pytest.approx(mean, rel=1e-4)
 
 
-def test_recompute_changes_memory_and_no_gradient(new_run):
-    """Activations made again in the backward pass, of prefixes and of rows, give the same gradient to 1e-6, and every
-    block does run twice: forward, and once more on the way back."""
-    gradients, calls = [], []
-    for recompute in (False, True):
-        run = new_run(recompute=recompute, kl=0.1)
-        run.reference = random_model(run.model.config, seed=1)
-        groups = sampled_groups(run)
-        drift(groups)
-        handle = run.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(recompute))
-        gradients.append(gradient_of_update(run, groups, micro_batch_size=3))
-        handle.remove()
-    assert calls.count(True) == 2 * calls.count(False) > 0
-    assert (gradients[1] - gradients[0]).norm() < 1e-6 * gradients[0].norm()
+def test_metrics_of_an_update_are_means_over_its_tokens(make):
+    """Old log-probs lowered by 0.5: the gap is 0.5, every token of A > 0 (ratio 1.65) is clipped, none of
+    A < 0; loss and entropy are those of an oracle, not of the last micro-batch."""
+    policy, problems = make()
+    groups = mixed_groups(policy, problems)[1:3]
+    totals = collections.Counter()
+    for r in flat(groups):
+        new_N, entropies_N = token_logprobs(policy, policy.model, r)
+        r.logprobs = [logprob - 0.5 for logprob in new_N.tolist()]
+        objective = len(new_N) * r.advantage * (1.2 if r.advantage > 0 else math.exp(0.5))
+        totals.update(tokens=len(new_N), clipped=len(new_N) * (r.advantage > 0), gap=0.5 * len(new_N),
+                      entropy=entropies_N.sum().item(), loss=-objective)
+    row = report.step_metrics(gradient_of(policy, groups, micro_batch_size=3)[1])
+    names = {"clip_fraction": "clipped", "sampler/logprob_gap": "gap", "entropy": "entropy", "loss": "loss"}
+    expected = {name: totals[total] / totals["tokens"] for name, total in names.items()}
+    assert {name: row[name] for name in names} == pytest.approx(expected, rel=1e-4)
 
 
-# ---------------------------------------------------------------- importance weights
-
-
-def recorded_update(run, groups, monkeypatch):
-    """The batches at every call of batch_loss in an update: (old log-probs, loss mask, log-probs, loss) each."""
-    seen, real = [], bread.batch_loss
-
-    def batch_loss(config, batch, logprobs_BT, supervised):
-        loss = real(config, batch, logprobs_BT, supervised)
-        seen.append((batch.old_logprobs_BT.clone(), batch.loss_mask_BT.clone(), logprobs_BT.detach(), loss.item()))
-        return loss
-    with monkeypatch.context() as patch:
-        patch.setattr(bread, "batch_loss", batch_loss)
-        bread.update(run, groups)
-    return seen
-
-
-def test_importance_weights_are_capped_ratios_of_the_first_pass(new_run, monkeypatch):
-    """min(cap, trainer's / sampler's probability) on every sampled token and 1 on the expert's; old log-probs are the
-    trainer's; both stay as they are over three passes, while the policy moves. The metric is their mean."""
-    run = new_run(updates_per_batch=3, lr=1e-2, micro_batch_size=8, importance_cap=1.2)
-    groups = sampled_groups(run, num=1)
-    groups[0][-1] = bread.expert_rollout(run, run.problems[0], advantage=1.0)
-    rows = groups[0][-1:] + groups[0][:-1]  # as in the batch: the shortest context first
-    sampler = [None if r.logprobs is None else torch.tensor(r.logprobs) for r in rows]
-    drift(groups, size=0.5)
-    first, second, third = recorded_update(run, groups, monkeypatch)
-    weights = []
-    for row, (rollout, exact) in enumerate(zip(rows, sampler)):
-        N = len(rollout.completion_ids)
-        ratio = torch.ones(N) if exact is None else (exact - torch.tensor(rollout.logprobs)).exp()
-        weights.append(first[1][row, :N])
-        torch.testing.assert_close(weights[-1], ratio.clamp(max=1.2), rtol=1e-4, atol=0)
-        assert (first[1][row, N:] == 0).all()
-    flat = torch.cat(weights)
-    assert (flat == 1.2).any() and (flat < 0.9).any(), "the cap acts on some tokens and not on others"
-    assert torch.equal(first[0], first[2]), "old log-probs are those of the first pass"
-    assert all(torch.equal(first[i], later[i]) for later in (second, third) for i in (0, 1))
-    assert (third[2] - first[2]).abs().max() > 1e-3
-    assert run.metrics["sampler/importance_weight"] == pytest.approx(flat.mean().item(), rel=1e-5)
-
-
-def test_without_a_cap_tokens_have_no_weights(new_run, monkeypatch):
-    """--importance-cap 0: the mask stays 1, old log-probs are the sampler's, and the metric is the mean ratio, uncut:
-    here exp(0.5) on every token."""
-    run = new_run(micro_batch_size=100)
-    groups = sampled_groups(run, num=2)
-    for rollout in itertools.chain(*groups):
-        rollout.logprobs = [logprob - 0.5 for logprob in rollout.logprobs]
-    (old_BT, mask_BT, _, _), = recorded_update(run, groups, monkeypatch)
-    assert set(mask_BT.unique().tolist()) <= {0.0, 1.0}
-    sampled = sorted(logprob for rollout in itertools.chain(*groups) for logprob in rollout.logprobs)
-    torch.testing.assert_close(old_BT[mask_BT > 0].sort().values, torch.tensor(sampled), rtol=1e-6, atol=0)
-    assert run.metrics["sampler/importance_weight"] == pytest.approx(math.exp(0.5), rel=1e-4)
-
-
-@pytest.mark.parametrize("kl", [0.0, 0.1])
-@pytest.mark.parametrize("loss_mean", ["token", "sequence"])
-def test_weighted_loss_and_gradient_equal_the_oracle(new_run, loss_mean, kl):
-    """Every token's term, that of the KL included, is multiplied by its weight; denominators count tokens, not
-    weights."""
-    run = new_run(kl=kl, temperature=0.7, importance_cap=1.1, loss_mean=loss_mean, micro_batch_size=5)
-    run.reference = random_model(run.model.config, seed=1)
-    groups = sampled_groups(run)
-    drift(groups)
-    gradient = gradient_of_update(run, groups)
-    loss, expected = one_at_a_time(run, groups, loss_mean, kl, cap=1.1)
-    assert (gradient - expected).norm() < 2e-6 * expected.norm()
-    assert run.metrics["loss"] == pytest.approx(loss, abs=1e-6) and abs(loss) > 1e-3
-
-
-def test_a_weight_too_small_for_float32_moves_no_other_token(new_run, monkeypatch):
-    """A token that the sampler drew and the trainer thinks impossible (a ratio below e^-104) has a weight of about 0.
-    It is still a token: the log-probs of the tokens behind it stay in their places on the second pass."""
-    run = new_run(updates_per_batch=2, lr=1e-9, importance_cap=2.0, micro_batch_size=100)
-    groups = sampled_groups(run, num=1)
-    rollout = max(groups[0], key=lambda rollout: len(rollout.completion_ids))
-    rollout.logprobs[0] = 200.0
-    first, second = recorded_update(run, groups, monkeypatch)
-    torch.testing.assert_close(second[2], first[2], rtol=0, atol=1e-4)
-
-
-def test_kl_zero_loads_no_reference_and_runs_dead_groups_not_at_all(new_run):
-    """Rollouts of groups with equal rewards count in the denominator; only --kl runs them through the network."""
-    run = new_run()
-    assert run.reference is None
-    groups = sampled_groups(run)
-    alive = gradient_of_update(run, groups)
-    for rollout in groups[0]:
-        rollout.advantage = 0.0
-    dead = gradient_of_update(run, groups)
-    assert (alive - dead).norm() > 0.01 * alive.norm()
-    for group in groups:
-        for rollout in group:
-            rollout.advantage = 0.0
-    before = [weight.clone() for weight in run.weights]
-    del run.optimizer_step
-    bread.update(run, groups)
-    assert all(torch.equal(a, b) for a, b in zip(before, run.weights)) and not run.optimizer.state
-    assert run.metrics["loss"] == run.metrics["grad_norm"] == 0
-
-
-def test_old_logprobs_stay_fixed_over_the_updates_of_a_batch(new_run, monkeypatch):
-    """Also those of an expert's trace, which nobody sampled: the first pass fills them in, later ones do not."""
-    run, seen = new_run(updates_per_batch=3, lr=1e-2, micro_batch_size=4), []
-    groups = sampled_groups(run, num=1)
-    groups[0] = groups[0][:-1] + [bread.expert_rollout(run, run.problems[0], advantage=1.0)]
-    real = bread.batch_loss
-    monkeypatch.setattr(bread, "batch_loss", lambda config, batch, logprobs_BT, supervised: (
-        seen.append((batch.old_logprobs_BT.clone(), logprobs_BT.detach()))
-        or real(config, batch, logprobs_BT, supervised)))
-    bread.update(run, groups)
-    (old_1, new_1), (old_2, new_2), (old_3, new_3) = seen
-    assert torch.equal(old_1, old_2) and torch.equal(old_2, old_3) and old_1.isfinite().all()
-    torch.testing.assert_close(new_1, old_1, atol=1e-5, rtol=0)
-    assert (new_2 - old_2).abs().max() > 1e-3 and (new_3 - new_2).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("placement", ["prefill", "hint"])
-def test_the_first_pass_agrees_with_the_sampler(new_run, temperature, placement):
-    """Same model, ids, positions and temperature: every log-prob to 1e-5 in float32, anchored rollouts
-    included."""
-    run = new_run(temperature=temperature, anchor_placement=placement)
-    groups = sampled_groups(run)
-    rollouts = [rollout for group in groups for rollout in group]
-    batch = make_batch(run, rollouts)
-    with torch.no_grad():
-        prefixes = bread.Prefixes(run.model, [(r.prompt_ids + r.anchor_ids)[:-1] for r in rollouts])
-        logprobs_BT, _ = bread.token_logprobs(run, run.model, prefixes, batch)
-    torch.testing.assert_close(logprobs_BT, batch.old_logprobs_BT, atol=1e-5, rtol=0)
-    bread.update(run, groups)
-    assert run.metrics["sampler/logprob_gap"] < 1e-5
-    assert run.metrics["clip_fraction"] == 0
-
-
-def test_metrics_of_an_update_are_means_over_its_tokens(new_run):
-    """Old log-probs lowered by 0.5: the gap is 0.5, every token of A > 0 (ratio 1.65) is clipped, none of A < 0;
-    loss and entropy are those of an oracle, not of the last micro-batch (M1)."""
-    run = new_run(micro_batch_size=3, lr=1e-9)
-    groups = sampled_groups(run)
-    rollouts = [rollout for group in groups for rollout in group]
-    num_tokens, num_clipped, entropy, objective = 0, 0, 0.0, 0.0
-    for r in rollouts:
-        r.logprobs = [logprob - 0.5 for logprob in r.logprobs]
-        ids, N = torch.tensor(r.prompt_ids + r.anchor_ids + r.completion_ids), len(r.completion_ids)
-        with torch.no_grad():
-            logits_NV = run.model.logits(run.model(ids[None])[0, -N - 1:-1])
-        entropy += torch.distributions.Categorical(logits=logits_NV).entropy().sum().item()
-        objective += N * r.advantage * (1.2 if r.advantage > 0 else math.exp(0.5))
-        num_tokens, num_clipped = num_tokens + N, num_clipped + N * (r.advantage > 0)
-    bread.update(run, groups)
-    assert run.metrics["sampler/logprob_gap"] == pytest.approx(0.5, rel=1e-4)
-    assert run.metrics["clip_fraction"] == pytest.approx(num_clipped / num_tokens)
-    assert run.metrics["entropy"] == pytest.approx(entropy / num_tokens, rel=1e-4)
-    assert run.metrics["loss"] == pytest.approx(-objective / num_tokens, rel=1e-3)
+def test_sft_minimises_the_cross_entropy_of_trace_and_stop_token(make):
+    """The mean over all trace tokens of the update; the question is context, the stop token is learnt.
+    Nothing is sampled, so there is nothing to compare with a sampler."""
+    policy, problems = make(method="sft", micro_batch_size=2)
+    groups = bread.sft(policy, problems[2:6], State())
+    assert ids_of(flat(groups)) == [p.expert_ids + [policy.tokenizer.eos_id] for p in problems[2:6]]
+    nll_N = -torch.cat([token_logprobs(policy, policy.model, rollout)[0] for rollout in flat(groups)])
+    _, sums = gradient_of(policy, groups, loss_of=bread.sft.loss)
+    assert sums["loss"] == pytest.approx(nll_N.mean().item(), rel=1e-5)
+    assert report.step_metrics(sums)["sampler/logprob_gap"] is None
+    assert policy.counts["rollouts/base"] == 0 and policy.shown[problems[4].id] == len(problems[4].expert_ids)
 
 
 @pytest.mark.parametrize("junk", [lambda x: x * math.nan, lambda x: x * math.inf, lambda x: x + math.nan])
-def test_a_loss_or_gradient_that_is_not_finite_changes_nothing_and_is_counted(new_run, monkeypatch, junk):
-    """No weight and no moment moves, by a bit, neither where the loss alone is NaN; the next sound step works as
-    ever."""
-    run = new_run(lr=1e-2)
-    groups = sampled_groups(run)
-    bread.update(run, groups)
-    before = [x.clone() for x in bread.checkpoint.optimizer_tensors(run.optimizer, list(run.masters)).values()]
-    with monkeypatch.context() as patch:
-        patch.setattr(bread, "batch_loss", lambda config, batch, logprobs_BT, supervised: junk(logprobs_BT).sum())
-        bread.update(run, groups)
-    after = bread.checkpoint.optimizer_tensors(run.optimizer, list(run.masters)).values()
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) and run.skipped_updates == 1
-    bread.update(run, groups)
-    assert run.skipped_updates == 1 and not torch.equal(before[0], run.masters[0])
-
-
-def test_float32_masters_add_up_what_bf16_weights_would_lose(new_run):
-    """AdamW moves a weight by about lr = 1e-6 a step. A bf16 weight of 0.1 has neighbours 5e-4 away, so a
-    single step leaves it where it is; 600 steps must not."""
-    run = new_run(lr=1e-6)
-    run.weights = [torch.nn.Parameter(torch.full((8,), 0.1, dtype=torch.bfloat16))]
-    run.masters, run.owners = {0: run.weights[0].detach().float()}, [0]
-    run.optimizer = torch.optim.AdamW(run.masters.values(), 1e-6, betas=(0.9, 0.95), weight_decay=0.0)
-    start = run.weights[0].detach().clone()
-    for step in range(600):
-        run.weights[0].grad = torch.ones(8, dtype=torch.bfloat16)
-        run.optimizer_step(0.0)
-        if step == 0:
-            assert torch.equal(run.weights[0], start) and (run.masters[0] < start.float()).all()
-    torch.testing.assert_close(run.masters[0], start.float() - 600e-6, rtol=0, atol=2e-6)
-    assert torch.equal(run.weights[0], run.masters[0].bfloat16()) and (run.weights[0] < start).all()
-
-
-def test_the_learning_rate_rises_over_the_warm_up(new_run):
-    """Step 0 of 4 has a quarter of --lr, and from step 3 on all of it; without warm-up all of it at once."""
-    for warmup, expected in ((4, [0.25, 0.5, 0.75, 1.0, 1.0]), (0, [1.0] * 5)):
-        run, rates = new_run(lr=1e-3, warmup_steps=warmup), []
-        for run.step in range(5):
-            for weight in run.weights:
-                weight.grad = torch.zeros_like(weight)
-            run.optimizer_step(0.0)
-            rates.append(run.optimizer.param_groups[0]["lr"] / 1e-3)
-        assert rates == pytest.approx(expected)
-
-
-def test_the_gradient_is_clipped_once_after_accumulation(new_run):
-    """The norm that is reported is the one before clipping, whatever the micro-batches."""
-    run = new_run(lr=1e-9, grad_clip=1e-3)
-    groups = sampled_groups(run)
-    expected = gradient_of_update(run, groups, micro_batch_size=100).norm().item()
-    del run.optimizer_step
-    run.config = dataclasses.replace(run.config, micro_batch_size=2)
-    bread.update(run, groups)
-    assert run.metrics["grad_norm"] == pytest.approx(expected, rel=1e-5) and expected > 1e-3
-    moments = [state["exp_avg"] for state in run.optimizer.state.values()]
-    norm = torch.cat([moment.flatten() for moment in moments]).norm().item()
-    assert norm == pytest.approx(0.1 * 1e-3, rel=1e-3), "(1 - beta_1) times the clipped gradient"
-
-
-def test_sft_minimises_the_cross_entropy_of_trace_and_stop_token(new_run):
-    """The mean over all trace tokens of the update; the question is context, the stop token is learnt."""
-    run = new_run(method="sft", max_new_tokens=90, micro_batch_size=2)
-    groups = [[bread.expert_rollout(run, problem, advantage=1.0)] for problem in run.problems[:3]]
-    nll, count = 0.0, 0
-    for problem in run.problems[:3]:
-        ids = torch.tensor(problem.prompt_ids + problem.expert_ids + [run.tokenizer.eos_id])
-        with torch.no_grad():
-            logits_NV = run.model.logits(run.model(ids[None, :-1])[0])[len(problem.prompt_ids) - 1:]
-        targets_N = ids[len(problem.prompt_ids):]
-        nll += torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum").item()
-        count += len(targets_N)
-    bread.update(run, groups)
-    assert run.metrics["loss"] == pytest.approx(nll / count, rel=1e-5)
-
-
-# ---------------------------------------------------------------- search, anchors and groups of a run
-
-
-def test_all_searches_run_in_lockstep_and_each_trace_is_prefilled_once(new_run, monkeypatch):
-    """Three problems become solvable at different cuts. No cut is probed twice, no more rounds than the longest
-    search needs, one prefill of question + trace per problem; the accepted probe itself is the group (E1, E3,
-    E6)."""
-    run, rounds = new_run(), []
-    solvable_at = {problem.id: i for problem, i in zip(run.problems, (0, 2, 4, 99))}
-    oracle = Oracle(monkeypatch, run, lambda p, cut: 2 * (p.cuts.index(cut) >= solvable_at[p.id]))
-    real = bread.sample_groups
-    monkeypatch.setattr(bread, "sample_groups", lambda *args: rounds.append(real(*args)) or rounds[-1])
-    problems = run.problems[:4]
-    accepted = bread.search_anchors(run, problems)
-    assert {key: group[0].cut for key, group in accepted.items()} == {
-        problem.id: problem.cuts[solvable_at[problem.id]] for problem in problems[:3]}
-    assert len(set(oracle.asked)) == len(oracle.asked) and run.counts["probes"] == len(oracle.asked)
-    assert oracle.prefilled == [problem.prompt_ids + problem.expert_ids for problem in problems]
-    probed = [group for groups in rounds for group in groups]
-    assert all(any(group is probe for probe in probed) for group in accepted.values())
-    assert sum(bool(groups) for groups in rounds) == 3, "ceil(log2(5 cuts + 1)) rounds for all problems together"
-    assert run.counts["probe"] == sum(len(r.completion_ids) for group in probed for r in group)
-    assert run.counts["prefilled"] == sum(map(len, oracle.prefilled)) and run.counts["searched"] == 4
-
-
-def test_the_shortest_probe_in_range_is_kept_when_the_search_moves_on(new_run, monkeypatch):
-    """Cut 2 of 5 is in range, the shorter ones that are tried afterwards fail: the group of cut 2 is used."""
-    run = new_run()
-    oracle = Oracle(monkeypatch, run, by_cut([0, 0, 0, 3, 4, 4]))
-    group, = bread.search_anchors(run, run.problems[:1]).values()
-    cuts = run.problems[0].cuts
-    assert [cut for _, cut in oracle.asked] == [cuts[2], cuts[0], cuts[1]] and group[0].cut == cuts[2]
-    assert bread.num_successes(group) == 3 and len(group) == G
-
-
-@pytest.mark.parametrize("problems_per_step", [5, 8, 11, 12])
-def test_no_step_holds_a_problem_twice(new_run, problems_per_step):
-    """Neither where an epoch of 12 problems is no multiple of the step. Draws are keyed by problem, so the
-    second group would repeat the first to the last token; searches, too, tell problems apart by their ids."""
-    run = new_run(problems_per_step=problems_per_step)
-    for run.step in range(20):
-        ids = [problem.id for problem in run.next_problems()]
-        assert len(set(ids)) == len(ids) == problems_per_step
-
-
-def test_every_group_and_every_row_has_its_own_draws(new_run):
-    """Other problem, step, kind or seed: other tokens; the same key: the same. 24 tokens do not agree by
-    accident."""
-    run = new_run(max_new_tokens=24)
-
-    def rows(step=0, kind="base", seed=0):
-        run.step, run.config = step, dataclasses.replace(run.config, seed=seed)
-        groups = bread.sample_groups(run, [(problem, 0) for problem in run.problems[:3]], kind)
-        return [tuple(r.completion_ids) for group in groups for r in group]
-    first = rows()
-    assert first == rows() and len(set(first)) == 3 * G
-    assert len(set(first + rows(step=1) + rows(kind="resample") + rows(seed=1))) == 4 * 3 * G
-
-
-def test_a_cut_of_the_trunk_equals_a_fresh_prefill_of_question_and_anchor(new_run):
-    """sample_groups without a trunk prefills what it needs: same tokens, log-probs to 1e-5."""
-    run = new_run(max_new_tokens=40)
-    problem = run.problems[3]
-    points = [(problem, problem.cuts[1])]
-    shared, = bread.sample_groups(run, points, "probe", trunk_of(run, run.problems))
-    fresh, = bread.sample_groups(run, points, "probe")
-    assert [r.completion_ids for r in shared] == [r.completion_ids for r in fresh]
-    for a, b in zip(shared, fresh):
-        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
-
-
-@pytest.mark.parametrize("no_std, scale", [(False, 1.0), (True, 3**0.5 / 4)])
-def test_an_accepted_probe_takes_the_place_of_the_failed_group(new_run, monkeypatch, no_std, scale):
-    """One step of three problems: solved unaided, solved behind its fourth anchor, never solved. The update gets
-    the plain group, the probe (for its own advantages) and the failed group without gradient; metrics count it."""
-    run, groups = new_run(steps=1, problems_per_step=3, max_new_tokens=90, no_std=no_std), []
-    easy, hard, hopeless = run.problems[:3]
-    needed = {easy.id: 0, hard.id: hard.cuts[3], hopeless.id: 1000}
-    oracle = Oracle(monkeypatch, run, lambda problem, cut: cut >= needed[problem.id])
-    run.next_problems = lambda: [easy, hard, hopeless]
-    real = bread.update
-    monkeypatch.setattr(bread, "update", lambda run, found: groups.extend(found) or real(run, found))
-    bread.train(run)
-    assert [[r.cut for r in group] for group in groups] == [[0] * G, [hard.cuts[3]] * G, [0] * G]
-    assert [r.anchor_ids for r in groups[1]] == [hard.expert_ids[:hard.cuts[3]]] * G
-    for group in groups[:2]:
-        assert [r.advantage / scale for r in group] == pytest.approx([3**0.5] + [-(3**-0.5)] * 3)
-    assert [r.advantage for r in groups[2]] == [0.0] * G
-    row, = read_lines(run.folder.path / "metrics.jsonl")
-    assert (row["anchor/searched"], row["anchor/accepted"], row["anchor/probes"]) == (2, 1, len(oracle.asked) - 3)
-    assert row["anchor/fraction"] == pytest.approx(hard.cuts[3] / len(hard.expert_ids))
-    assert row["reward"] == pytest.approx(1 / 12) and row["frac_reward_zero_std"] == pytest.approx(1 / 3)
-    total = sum(len(problem.expert_ids) for problem in run.problems)
-    shown = [max(cut for key, cut in oracle.asked if key == problem.id) for problem in (hard, hopeless)]
-    assert shown[1] == hopeless.cuts[-1] and row["anchor/shown"] == pytest.approx(sum(shown) / total)
-    assert row["anchor/used"] == pytest.approx(hard.cuts[3] / total)
-
-
-def test_anchors_for_every_group_sample_nothing_else(new_run, monkeypatch):
-    """--anchor-when always: one group per problem, behind the policy's cut, whatever comes of it; all tokens count as
-    probes. AdaBack's interval moves with the outcome and is part of what a checkpoint holds."""
-    run = new_run(steps=1, problems_per_step=3, anchor="adaback", anchor_when="always", max_new_tokens=90)
-    oracle, groups = Oracle(monkeypatch, run, lambda problem, cut: 2 if problem is run.problems[0] else 0), []
-    run.next_problems = lambda: run.problems[:3]
-    real = bread.update
-    monkeypatch.setattr(bread, "update", lambda run, found: groups.extend(found) or real(run, found))
-    bread.train(run)
-    assert [(group[0].problem.id, group[0].cut) for group in groups] == oracle.asked and len(oracle.asked) == 3
-    assert run.tokens["base"] == 0 < run.tokens["probe"]
-    row, = read_lines(run.folder.path / "metrics.jsonl")
-    assert row["reward"] is None and row["anchor/probes"] == 3
-    _, meta = bread.checkpoint.load(run.folder.path / "checkpoint-1")
-    for (key, cut), problem in zip(oracle.asked, run.problems):
-        cuts = [0, *problem.cuts]
-        pick, right = cuts.index(cut), problem is run.problems[0]
-        record = {"interval": [0, max(pick - 1, 0)] if right else [min(pick + 1, len(cuts) - 1), len(cuts) - 1],
-                  "shown": cut, "used": cut}
-        assert meta["anchors"][key] == run.anchors[key] == record
-
-
-def record_forks(monkeypatch, run):
-    """Every group fails; returns the list that collects (ids before the completion, room) of every fork."""
-    seen = []
-    monkeypatch.setattr(bread, "prefill", lambda model, sequences: sequences)
-
-    def branch(model, trunk, forks, params, max_rows, ops, workers):
-        seen.extend((trunk[fork.sequence][:fork.length], fork.max_new_tokens) for fork in forks)
-        return [[Completion([run.tokenizer.eos_id], [-1.0], "stop") for _ in fork.row_ids] for fork in forks]
-    monkeypatch.setattr(bread, "branch", branch)
-    return seen
-
-
-def test_a_prefilled_anchor_starts_the_answer(new_run, monkeypatch):
-    """What is continued is prompt_ids + expert_ids[:cut], as ids; the anchor uses up --max-new-tokens."""
-    run = new_run(max_new_tokens=40)
-    seen, problem = record_forks(monkeypatch, run), run.problems[0]
-    bread.search_anchors(run, [problem])
-    for context, room in seen:
-        cut = len(context) - len(problem.prompt_ids)
-        assert context == problem.prompt_ids + problem.expert_ids[:cut] and room == 40 - cut
-        assert cut in problem.cuts
-    assert len(seen) >= 2
-
-
-def test_a_hint_stands_in_the_prompt_and_nowhere_else(new_run, monkeypatch):
-    """The anchor's text is part of the rendered question, anchor_ids stay empty, and the hint uses up the
-    answer's room as a prefilled anchor does, so that the two placements are comparable."""
-    run = new_run(max_new_tokens=40, anchor_placement="hint")
-    problem = run.problems[0]
-    for cut in problem.cuts:
-        _, _, prompt_ids, anchor_ids = run.context(problem, cut)
-        text = run.tokenizer.decode(prompt_ids)
-        assert anchor_ids == [] and run.tokenizer.decode(problem.expert_ids[:cut]) in text
-        assert text.startswith(problem.question) and "Hint" in text
-    assert run.context(problem, 0)[2:] == (problem.prompt_ids, [])
-    seen = record_forks(monkeypatch, run)
-    bread.search_anchors(run, [problem])
-    for context, room in seen:
-        cut, = [cut for cut in problem.cuts if run.context(problem, cut)[2] == context]
-        assert room == 40 - cut
-
-
-def test_the_reward_does_not_read_the_hint(new_run):
-    """An answer that stood in a hint would not be the model's own; a prefilled anchor starts its answer and is
-    read."""
-    run = new_run(anchor_placement="hint")
-    problem = dataclasses.replace(run.problems[0], cuts=[len(run.problems[0].expert_ids)])
-    done = Completion([run.tokenizer.eos_id], [-1.0], "stop")
-    assert run.rollout(*run.context(problem, problem.cuts[0]), done).reward == 0
-    run.config = dataclasses.replace(run.config, anchor_placement="prefill")
-    assert run.rollout(*run.context(problem, problem.cuts[0]), done).reward == 1
-
-
-@pytest.mark.parametrize("placement", ["prefill", "hint"])
-def test_no_row_leaves_the_models_window(new_run, monkeypatch, placement):
-    """With the longest --max-new-tokens allowed, what is read plus what may be written fits the positions."""
-    window, prompt = 160, len(new_run().problems[0].prompt_ids)
-    words = bread.HINT_ROOM if placement == "hint" else 0
-    run = new_run(max_new_tokens=window - prompt - words, anchor_placement=placement)
-    seen = record_forks(monkeypatch, run)
-    bread.search_anchors(run, run.problems)
-    assert seen and max(len(context) + room for context, room in seen) <= window
-
-
-def test_a_completion_cut_off_while_thinking_has_no_reward():
-    """Where the template opens <think>, the completion does not: what stands in a thought that never closes is
-    no answer, as rewards.py has it for a completion that opens its own."""
-    texts = {1: r"so \boxed{5}, or 6? Let me", 2: r"so \boxed{6}</think> It is \boxed{5}."}
-    run = SimpleNamespace(tokenizer=SimpleNamespace(opens_thinking=True, decode=lambda ids: texts[ids[0]]))
-    problem = dataclasses.replace(make_problem([]), answer="5")
-    cut_off, done = (bread.Run.rollout(run, problem, 0, [7], [], Completion([i], [-1.0], "length"))
-                     for i in texts)
-    assert (cut_off.reward, done.reward) == (0.0, 1.0)
-
-
-@pytest.mark.parametrize("method", ["bread", "grpo"])
-@pytest.mark.parametrize("on_fail, advantages", [
-    ("skip", [0.0] * 4), ("resample", [3**0.5] * 2 + [-(3**-0.5)] * 6), ("expert", [-(3**-0.5)] * 3 + [3**0.5]),
-    ("sft", [0.0] * 4)])
-def test_what_becomes_of_a_failed_group_without_anchor(new_run, monkeypatch, method, on_fail, advantages):
-    """skip: as it is, without gradient. resample: G more plain rollouts join (2 of them right here: 2 of 8).
-    expert: the whole trace and a stop token take the place of one failure. sft: as it is, and an SFT step on the trace
-    follows the update."""
-    run, calls = new_run(on_fail=on_fail, method=method, max_new_tokens=90), itertools.count()
-    oracle = Oracle(monkeypatch, run, lambda p, cut: 2 * (cut == 0 and next(calls) > 0))
-    groups, problem = [], run.problems[0]
-    run.next_problems = lambda: [problem]
-    supervised = []
-    monkeypatch.setattr(bread, "update", lambda run, found, supervised=False: updates[supervised].extend(found))
-    updates = {False: groups, True: supervised}
-    run.config = dataclasses.replace(run.config, steps=1, problems_per_step=1)
-    run.report = run.save = lambda *args: None
-    bread.train(run)
-    trace = problem.expert_ids + [run.tokenizer.eos_id]
-    assert [r.completion_ids for group in supervised for r in group] == ([trace] if on_fail == "sft" else [])
-    assert sorted(r.advantage for r in groups[0]) == pytest.approx(sorted(advantages))
-    assert oracle.asked[0] == (problem.id, 0) and all(r.cut == 0 and not r.anchor_ids for r in groups[0])
-    if on_fail == "expert":
-        last = groups[0][-1]
-        assert last.completion_ids == trace and last.logprobs is None
-    extra = groups[0][G:] if on_fail == "resample" else []
-    assert run.tokens["resample"] == sum(len(r.completion_ids) for r in extra)
-
-
-def test_every_epoch_is_a_permutation_that_depends_on_seed_and_step_only(new_run):
-    """12 problems, 4 a step: three steps see each of them once, in an order of the epoch's own."""
-    run = new_run()
-
-    def ids(step):
-        run.step = step
-        return [problem.id for problem in run.next_problems()]
-    everyone = sorted(problem.id for problem in run.problems)
-    epochs = [ids(3 * epoch) + ids(3 * epoch + 1) + ids(3 * epoch + 2) for epoch in range(5)]
-    assert all(sorted(epoch) == everyone for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) == 5
-    assert ids(7) == epochs[2][4:8] and new_run().next_problems() == new_run().next_problems()
-    run.config = dataclasses.replace(run.config, seed=1)
-    assert ids(0) != epochs[0][:4]
-
-
-@pytest.mark.parametrize("problems_per_step", [1, 5, 12])
-def test_every_problem_comes_equally_often(new_run, problems_per_step):
-    """Whether or not the step size divides the 12 problems: over 60 problems drawn no two counts differ by more
-    than a few, where independent draws would differ by 10 or so."""
-    run = new_run(problems_per_step=problems_per_step)
-    counts = dict.fromkeys((problem.id for problem in run.problems), 0)
-    for run.step in range(60 // problems_per_step):
-        for problem in run.next_problems():
-            counts[problem.id] += 1
-    assert max(counts.values()) - min(counts.values()) <= 3
-
-
-def test_evaluation_uses_no_anchor_and_costs_no_training_tokens(new_run, example, monkeypatch):
-    """Every fork of an evaluation is at the bare question; tokens/sampled, the cost of training, stays 0."""
-    run = new_run(eval_data=str(example / "heldout.jsonl"), eval_samples=3)
-    run.problems = run.eval_problems
-    oracle = Oracle(monkeypatch, run, lambda problem, cut: 1)
-    run.evaluate()
-    assert {cut for _, cut in oracle.asked} == {0} and run.tokens_sampled() == 0
-    assert run.evals[-1]["eval/accuracy"] == pytest.approx(1 / 3) and run.evals[-1]["eval/greedy"] == 1
-
-
-# ---------------------------------------------------------------- whole runs
-
-
-@pytest.fixture
-def paid_by_chance(monkeypatch):
-    """Random text is right in one case of five, so that some groups fail, some do not, and probes are
-    accepted."""
-    real = bread.math_reward
-    monkeypatch.setattr(bread, "math_reward", lambda text, answer: max(
-        real(text, answer), float(zlib.crc32(f"{text} {answer}".encode()) % 5 == 0)))
-
-
-def call(argv):
-    """Exit code of the command line, whether it returns or raises SystemExit."""
-    try:
-        return bread.main(argv)
-    except SystemExit as stop:
-        return stop.code
-
-
-METRICS = {"step", "reward", "reward/train", "frac_reward_zero_std", "tokens/base", "tokens/probe",
-           "tokens/resample", "tokens/prefilled", "tokens/sampled", "anchor/searched", "anchor/accepted",
-           "anchor/probes", "anchor/fraction", "completions/mean_length", "completions/clipped_ratio", "loss",
-           "grad_norm", "entropy", "clip_fraction", "sampler/logprob_gap", "sampler/importance_weight",
-           "sampler/entropy", "skipped_updates", "seconds/update"}
-
-
-@pytest.mark.parametrize("method", ["bread", "grpo", "sft"])
-def test_a_run_leaves_its_files_behind(example, tmp_path, capsys, paid_by_chance, method):
-    """run.json is the resolved configuration; one line of metrics per step; the last step's checkpoint is a
-    Hugging Face folder that loads. A pipe gets plain lines without control characters."""
-    assert call(flags(example, tmp_path / "run", "--method", method)) == 0
-    written = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert written["method"] == method and written["lr"] == 1e-3 and written["group_size"] == G
-    rows = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [0, 1, 2] and all(METRICS <= set(row) for row in rows[1:])
-    assert set(rows[0]) == {"step", "eval/accuracy", "eval/greedy", "tokens/sampled"}
-    assert {"eval/accuracy", "eval/greedy"} <= set(rows[2]) and "eval/accuracy" not in rows[1]
-    assert rows[2]["tokens/sampled"] == sum(rows[2][f"tokens/{kind}"] for kind in ("base", "probe", "resample"))
-    assert (rows[2]["tokens/probe"] > 0) == (method == "bread")
-    assert (rows[2]["tokens/base"] > 0) == (method != "sft")
-    assert rows[1]["grad_norm"] > 0 and (method == "sft" or rows[1]["sampler/logprob_gap"] < 1e-5)
-    samples = read_lines(tmp_path / "run" / "samples.jsonl")
-    assert {"step", "id", "question", "anchor", "completion", "answer", "reward", "advantage"} <= set(samples[0])
-    model = Transformer.from_pretrained(tmp_path / "run" / "checkpoint-2")
-    start = Transformer.from_pretrained(example / "model")
-    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters()))
-    bread.Tokenizer.from_pretrained(tmp_path / "run" / "checkpoint-2")
-    out = capsys.readouterr()
-    assert "step 2/2" in out.out and not re.search(r"[\r\x1b]", out.out) and out.err == ""
-
-
-def test_bread_is_grpo_where_nothing_fails(example, tmp_path, monkeypatch):
-    """One success in every group: both methods give the same weights, bit for bit, and no probe is made (T10)."""
-    real, weights = bread.math_reward, []
-    for method in ("bread", "grpo"):
-        tries = itertools.count(-12)  # the 12 traces are checked first; then come groups of G
-        monkeypatch.setattr(bread, "math_reward",
-                            lambda text, answer: max(real(text, answer), next(tries) % G == 0))
-        output = tmp_path / method
-        assert call(flags(example, output, "--method", method, "--steps", "1", "--eval-data", "")) == 0
-        row, = read_lines(output / "metrics.jsonl")
-        assert row["anchor/searched"] == 0 and row["frac_reward_zero_std"] == 0
-        weights.append(load_file(output / "checkpoint-1" / "model.safetensors"))
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-def comparable(row):
-    """A row of metrics without wall-clock times."""
-    return {name: value for name, value in row.items() if not name.startswith("seconds/")}
-
-
-def release():
-    """Forget the last run of this process, whose lock would keep the next one out of the folder."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    gc.collect()
-
-
-OPTIONS = ["--updates-per-batch", "2", "--warmup-steps", "3", "--kl", "0.02", "--on-fail", "expert",
-           "--weight-decay", "0.1"]
-
-
-@pytest.fixture(scope="module")
-def unbroken():
-    """Results of the run that was not interrupted, made by the first test that needs it."""
-    return {}
-
-
-def results(folder):
-    """What must agree: weights and optimizer state of step 4, and all lines of metrics and samples."""
-    return {"weights": load_file(folder / "checkpoint-4" / "model.safetensors"),
-            "optimizer": load_file(folder / "checkpoint-4" / "trainer.tensors"),
-            "metrics": [comparable(row) for row in read_lines(folder / "metrics.jsonl")],
-            "samples": read_lines(folder / "samples.jsonl")}
-
-
-def whole(example, tmp_path, unbroken):
-    """Fill in `unbroken` if it is empty."""
-    if not unbroken:
-        assert call(flags(example, tmp_path / "whole", "--steps", "4", *OPTIONS)) == 0
-        unbroken |= results(tmp_path / "whole")
-        release()
-
-
-def break_update(patch, at_call, action):
-    """Let `action` happen when bread.update is called for the at_call-th time, before it does its work."""
-    real, calls = bread.update, itertools.count(1)
-    patch.setattr(bread, "update",
-                  lambda run, groups: (next(calls) == at_call and action()) or real(run, groups))
-
-
-@pytest.mark.parametrize("rows", [1, 7])
-def test_how_many_rows_are_sampled_at_once_changes_nothing(example, tmp_path, paid_by_chance, unbroken, rows):
-    """--sample-batch-size 1 and 7 (the groups have 4 rows) give the default's tokens, searches, counts and
-    evaluations. Log-probs and with them weights differ by float32 rounding: after eight updates by less than 1e-5,
-    1% of --lr, since AdamW moves a weight of however small a gradient by about --lr."""
-    whole(example, tmp_path, unbroken)
-    command = flags(example, tmp_path / "run", "--steps", "4", *OPTIONS, "--sample-batch-size", f"{rows}")
-    assert call(command) == 0
-    found = results(tmp_path / "run")
-    for ours, theirs in zip(found["samples"], unbroken["samples"], strict=True):
-        assert ours.pop("entropy") == pytest.approx(theirs["entropy"], abs=1e-5)
-        assert ours == {name: value for name, value in theirs.items() if name != "entropy"}
-    for ours, theirs in zip(found["metrics"], unbroken["metrics"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
-        assert all(ours[name] == theirs[name] for name in theirs if name.split("/")[0] in ("tokens", "anchor", "eval"))
-    for name, weight in unbroken["weights"].items():
-        torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("broken_by", ["steps", "signal", "crash"])
-def test_a_resumed_run_equals_an_unbroken_one(example, tmp_path, monkeypatch, paid_by_chance, unbroken, broken_by):
-    """Four steps == some steps + --resume + the rest: weights, moments, metrics and samples, bit for bit. Broken
-    by --steps 2; by SIGINT in step 2, which saves and exits with 130; by a crash in step 4, after which step 3,
-    logged but not saved, is run again and stands in the logs once."""
-    command = flags(example, tmp_path / "run", *OPTIONS, "--save-every", "2")
-    whole(example, tmp_path, unbroken)
-    with monkeypatch.context() as patch:
-        if broken_by == "steps":
-            assert call(command) == 0
-        elif broken_by == "signal":
-            break_update(patch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
-            assert call([*command, "--steps", "4"]) == 130
-        else:
-            break_update(patch, 4, lambda: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                call([*command, "--steps", "4"])
-            assert [row["step"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
-    release()
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
-    assert call([*command, "--steps", "4", "--resume"]) == 0
-    found = results(tmp_path / "run")
-    for name in ("weights", "optimizer"):
-        assert found[name].keys() == unbroken[name].keys()
-        assert all(torch.equal(found[name][key], unbroken[name][key]) for key in found[name])
-    assert found["metrics"] == unbroken["metrics"] and found["samples"] == unbroken["samples"]
-
-
-def test_adabacks_memory_survives_a_resume(example, tmp_path):
-    """Two epochs of two steps, every group behind its problem's own interval: broken after the first, they give the
-    samples and metrics of an unbroken run, in which the second epoch's cuts depend on the first one's outcomes."""
-    def command(name, steps, *more):
-        return flags(example, tmp_path / name, "--anchor", "adaback", "--anchor-when", "always", "--eval-data", "",
-                     "--problems-per-step", "6", "--max-new-tokens", "70", "--steps", steps, *more)
-    assert call(command("whole", "4")) == 0
-    assert call(command("broken", "2")) == 0
-    assert call(command("broken", "4", "--resume")) == 0
-    whole, broken = ([{key: value for key, value in row.items() if not key.startswith("seconds")}
-                      for row in read_lines(tmp_path / name / "metrics.jsonl")] for name in ("whole", "broken"))
-    assert whole == broken and len({row["anchor/shown"] for row in whole}) > 2
-
-
-def test_a_signal_that_comes_while_processes_agree_is_not_lost(new_run):
-    """All of them have said that there was none, so this step is not the last for anyone; the next one is."""
-    run = new_run(steps=9)
-
-    def gather(mine):
-        run.stop(signal.SIGINT, None)
-        return mine
-    run.ranks.gather = gather
-    run.advance()
-    assert not run.finished and run.signal == signal.SIGINT
-    run.advance()
-    assert run.finished and run.signal == signal.SIGINT and run.step == 2
-
-
-def test_too_many_skipped_updates_in_a_row_end_the_run(example, tmp_path, monkeypatch, capsys):
-    """Of seven updates the 2nd, 3rd, 5th, 6th and 7th are not finite: with --max-skipped-updates 3 the sound one in
-    between counts anew, and the seventh step is the last: exit code 1, one line on stderr, and a checkpoint that
-    holds, bit for bit, what the fourth step left. From there a resumed run goes on."""
-    command = flags(example, tmp_path / "run", "--method", "sft", "--eval-data", "", "--save-every", "4", "--steps",
-                    "9", "--max-skipped-updates", "3")
-    real, number = bread.Run.optimizer_step, itertools.count(1)
-    with monkeypatch.context() as patch:
-        patch.setattr(bread.Run, "optimizer_step", lambda run, loss: real(
-            run, math.nan if next(number) in (2, 3, 5, 6, 7) else loss))
-        assert call(command) == 1
-    err = capsys.readouterr().err
-    assert err.startswith("bread.py: 3 updates in a row") and err.count("\n") == 1 and "saved" in err
-    folder = tmp_path / "run"
-    rows = read_lines(folder / "metrics.jsonl")
-    assert [row["skipped_updates"] for row in rows] == [0, 1, 2, 2, 3, 4, 5]
-    for name in ("model.safetensors", "trainer.tensors"):
-        sound, saved = (load_file(folder / f"checkpoint-{step}" / name) for step in (4, 7))
-        assert sound.keys() == saved.keys() and all(torch.equal(sound[key], saved[key]) for key in sound)
-    release()
-    assert call([*command, "--resume"]) == 0
-    assert [row["step"] for row in read_lines(folder / "metrics.jsonl")] == list(range(1, 10))
-
-
-def test_a_process_may_run_twice(example, tmp_path):
-    """A finished run lets go of its folder's lock and of the signal handlers, as a notebook needs."""
-    before = signal.getsignal(signal.SIGINT)
-    assert call(flags(example, tmp_path / "run", "--steps", "1", "--method", "grpo")) == 0
-    assert call(flags(example, tmp_path / "run", "--steps", "2", "--method", "grpo", "--resume")) == 0
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_checkpoints_of_a_resumed_run_are_complete_folders(example, tmp_path):
-    """Old checkpoints are pruned, the one that a run was resumed from among them; its tokenizer must not be
-    lost."""
-    command = flags(example, tmp_path / "run", "--method", "sft", "--eval-data", "", "--save-every", "1")
-    assert call([*command, "--steps", "1"]) == 0
-    release()
-    assert call([*command, "--steps", "5", "--resume"]) == 0
-    for step in (4, 5):
-        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-            assert (tmp_path / "run" / f"checkpoint-{step}" / name).is_file()
-
-
-@pytest.mark.parametrize("changed", [["--seed", "1"], ["--lr", "2e-3"], ["--group-size", "5"], "trace"])
-def test_resume_refuses_another_run(example, tmp_path, capsys, changed):
-    """Another seed, rate or group size, or data with another content: one line, exit code 2, nothing touched."""
-    data = tmp_path / "data.jsonl"
-    data.write_bytes((example / "train.jsonl").read_bytes())
-    base = flags(example, tmp_path / "run", "--method", "sft", "--data", f"{data}", "--eval-data", "")
-    assert call([*base, "--steps", "1"]) == 0
-    release()
-    capsys.readouterr()
-    if changed == "trace":
-        data.write_text(data.read_text().replace("start", "begin", 1))
-    more = [] if changed == "trace" else changed
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert call([*base, *more, "--steps", "3", "--resume"]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "--resume" in err
-    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize("more, expected", [
-    (["--frobnicate", "3"], "--frobnicate"),
-    (["--step", "3"], "--step"),                               # an abbreviation of --steps
-    (["--model", "no/such/folder"], "no/such/folder"),
-    (["--data", "no-such-file.jsonl"], "no-such-file.jsonl"),
-    (["--eval-data", "no-such-file.jsonl"], "no-such-file.jsonl"),
-    (["--data", ""], "--data"),
-    (["--group-size", "1"], "--group-size"),
-    (["--group-size", "eight"], "--group-size"),
-    (["--problems-per-step", "13"], "--problems-per-step"),    # of 12 problems
-    (["--max-new-tokens", "500"], "--max-new-tokens"),
-    (["--method", "ppo"], "--method"),
-    (["--anchor-when", "always"], "--anchor-when"),            # the search needs problems that failed
-    (["--anchor", "random", "--anchor-from", "0.8", "--anchor-to", "0.4"], "--anchor-from"),
-    (["--expert-shaping", "-1"], "--expert-shaping"),
-    (["--lr", "nan"], "--lr"),
-    (["--kl", "-1"], "--kl"),
-    (["--clip-high", "nan"], "--clip-high"),
-    (["--importance-cap", "-1"], "--importance-cap"),
-    (["--max-skipped-updates", "0"], "--max-skipped-updates"),
-    (["--anchor-low", "5"], "--anchor-low"),                   # of G = 4
-    (["--anchor-low", "3", "--anchor-high", "2"], "--anchor-low"),
-    (["--device", "toaster"], "toaster"),
-    (["--eval", "--eval-data", ""], "--eval-data"),
-    (["--resume"], "checkpoint"),                              # nothing there yet
-    (["@no-such-file.args"], "no-such-file.args"),
-])
-def test_bad_input_ends_with_one_line_and_exit_code_2(example, tmp_path, capsys, more, expected):
-    """The line names the flag or the file; no traceback, no page of usage, and no folder with a run in it."""
-    assert call(flags(example, tmp_path / "run", *more)) == 2
-    err = capsys.readouterr().err
-    assert expected in err and err.startswith("bread.py: ") and err.count("\n") == 1
-    assert not (tmp_path / "run" / "run.json").exists()
-
-
-def test_output_that_holds_a_run_is_kept_unless_overwrite(example, tmp_path, capsys):
-    """One line says what to type; --overwrite then replaces the run."""
-    command = flags(example, tmp_path / "run", "--method", "sft", "--steps", "1", "--eval-data", "")
-    assert call(command) == 0
-    release()
-    capsys.readouterr()
-    assert call(command) == 2
-    err = capsys.readouterr().err
-    assert "--overwrite" in err and err.count("\n") == 1
-    release()
-    assert call([*command, "--overwrite"]) == 0
-    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 1
-
-
-def test_flags_are_read_from_a_file_and_later_ones_win(tmp_path):
-    """@FILE: one flag a line, comments and quotes as in a shell."""
-    path = tmp_path / "recipe.args"
-    path.write_text("# a recipe\n--model 'my model' --data d.jsonl\n\n--lr 3e-4  # high\n--no-std\n--steps 7\n")
-    c = bread.parse_args([f"@{path}", "--steps", "9"], bread.EXAMPLE)
-    assert (c.model, c.data, c.lr, c.no_std, c.steps) == ("my model", "d.jsonl", 3e-4, True, 9)
-    assert bread.parse_args(["--steps", "5", f"@{path}"], bread.EXAMPLE).steps == 7
-
-
-def test_every_field_of_config_is_a_flag_with_a_reason(capsys):
-    """--help names them all, with defaults; without --model the embedded example and its recipe are used."""
-    assert call(["--help"]) == 0
-    text = capsys.readouterr().out
-    for field in dataclasses.fields(Config):
-        assert "--" + field.name.replace("_", "-") in text and field.metadata["help"]
-    config = bread.parse_args(["--steps", "3"], bread.EXAMPLE)
-    assert Path(config.model).parts[-3:] == ("examples", "chain", "model")
-    assert config.steps == 3 and config.lr != Config().lr
-
-
-def test_eval_measures_a_model_and_writes_nothing(example, tmp_path, capsys):
-    """--eval prints one line with greedy and sampled accuracy."""
-    output = tmp_path / "run"
-    assert call(["--model", f"{example / 'model'}", "--eval", "--eval-data", f"{example / 'heldout.jsonl'}",
-                 "--max-new-tokens", "20", "--device", "cpu", "--output", str(output)]) == 0
-    assert "greedy 0.0%" in capsys.readouterr().out and not output.exists()
-
-
-def test_a_token_budget_ends_the_run(example, tmp_path):
-    """The step that uses it up is the last one, and it saves."""
-    assert call(flags(example, tmp_path / "run", "--method", "grpo", "--steps", "9", "--token-budget", "1")) == 0
-    assert [row["step"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
-    assert (tmp_path / "run" / "checkpoint-1").is_dir()
-
-
-def test_the_program_fails_without_a_traceback(tmp_path):
-    """As a user starts it, from another folder: exit code 2 and one line on stderr."""
-    done = subprocess.run([sys.executable, ROOT / "bread.py", "--model", "nowhere", "--data", "x"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere" in done.stderr
-
-
-# ---------------------------------------------------------------- worked examples
-
-
-@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("*.py")) + ["kernels"] + sorted(
-    f"kernels.{path.stem}" for path in (ROOT / "kernels").glob("[a-z]*.py")))
-def test_the_examples_in_docstrings_are_true(name):
-    """Every >>> of every module."""
-    if name.startswith("kernels"):
-        pytest.importorskip("triton")
-    assert doctest.testmod(importlib.import_module(name)).failed == 0
+def test_what_is_not_finite_or_has_no_gradient_changes_nothing(make, junk):
+    """No weight and no moment moves, by a bit, where a loss or gradient is not finite, neither where the
+    loss alone is NaN: the norm is None. Where all rewards are equal there is no step at all. The next
+    sound update works as ever."""
+    policy, problems = make(updates_per_batch=2)
+    groups = mixed_groups(policy, problems)[1:3]
+    equal = [[dataclasses.replace(rollout, advantage=0.0) for rollout in group] for group in groups]
+    optimizer = MasterAdamW(policy.model.parameters(), Ranks("cpu"))
+    states = []
+    for batch, loss_of, expected, skipped in (
+            (groups, bread.batch_loss, [False] * 2, 0),
+            (groups, lambda config, batch, logprobs_N: junk(logprobs_N).sum(), [True] * 2, 2),
+            (equal, bread.batch_loss, [], 2),
+            (groups, bread.batch_loss, [False] * 2, 0)):
+        sums, norms = bread.update(policy, optimizer, Ranks("cpu"), batch, 1e-3, loss_of)
+        states.append({name: tensor.clone() for name, tensor in optimizer.state().items()})
+        assert [norm is None for norm in norms] == expected
+        assert optimizer.skipped_in_a_row == skipped and (expected or sums["loss"] == 0)
+    for later in states[1:3]:
+        assert all(torch.equal(tensor, later[name]) for name, tensor in states[0].items())
+    assert not torch.equal(states[2]["0.master"], states[3]["0.master"])
+
+
+def test_the_rate_of_a_step_is_decided_before_it():
+    """A linear warm-up to --lr; a decay that ends one step behind the last one; of a token budget what was
+    spent before the step counts, so its last step has the whole rate, and with a decay more than 0."""
+    def rates(num, tokens=0, **fields):
+        config = Config(lr=1.0, **fields)
+        return [bread.learning_rate(config, State(step, {"base": tokens * step})) for step in range(num)]
+    assert rates(5, steps=5, warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates(3, steps=3) == [1.0] * 3
+    assert rates(4, steps=4, lr_decay=0.5) == [1.0, 1.0, 1.0, 0.5]
+    assert rates(2, tokens=90, steps=9, token_budget=100) == [1.0, 1.0]
+    assert rates(2, tokens=90, steps=9, token_budget=100, lr_decay=0.5) == pytest.approx([1.0, 0.2])
+    state = State(2, {"base": 60, "probe": 30, "resample": 10, "eval": 999})
+    assert state.progress(Config(token_budget=100)) == 1 > state.progress(Config(token_budget=101))
+    assert State().progress(Config(steps=0)) == 1

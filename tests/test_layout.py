@@ -1,39 +1,185 @@
-"""Claims about the layout: a star of files that stand alone, short functions, short lines, a pinned torch."""
+"""The house and its rules: line budgets, a star of files that stand alone, short functions, loose lines.
+
+The numbers are the project's design, not measurements: a limit that turns out wrong is changed here, with its
+reason in the commit, and never met by packing lines.
+"""
 import ast
+import collections
+import io
 import re
 import shutil
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = sorted(path for path in ROOT.glob("*.py")) + sorted((ROOT / "kernels").glob("*.py"))
-EVERY_FILE = FILES + [path for folder in ("bench", "examples", "tests")
-                      for path in sorted((ROOT / folder).rglob("*.py"))]
+FILES = sorted(ROOT.glob("*.py")) + sorted((ROOT / "kernels").glob("*.py"))
+SHOWN = FILES + sorted((ROOT / "bench").glob("*.py")) + sorted((ROOT / "examples").glob("*.py"))
+EVERY_FILE = SHOWN + sorted((ROOT / "tests").rglob("*.py"))
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"kernels"}
+
+LINES = {"bread.py": 520, "config.py": 130, "model.py": 480, "sampler.py": 450, "packing.py": 170, "parallel.py": 190,
+         "traces.py": 320, "data.py": 220, "rewards.py": 250, "checkpoint.py": 230, "report.py": 240, "kernels": 600}
+SHIPPED_LINES = 3400  # 3,700 once data.py is there
+TEST_LINES = 4500
+BENCH_LINES = 1800
 
 
 def named(paths):
     return [pytest.param(path, id=path.relative_to(ROOT).as_posix()) for path in paths]
 
 
-def imports_of(path):
-    """First parts of the names of all modules that a file imports from outside its folder, wherever it does
-    so."""
+def text_of(path):
+    return path.read_text(encoding="utf-8")
+
+
+def tree_of(path):
+    return ast.parse(text_of(path))
+
+
+def num_lines(paths):
+    return sum(text_of(path).count("\n") for path in paths)
+
+
+def nodes_of(path, *kinds):
+    return [node for node in ast.walk(tree_of(path)) if isinstance(node, kinds)]
+
+
+def length(node):
+    return node.end_lineno - node.lineno + 1
+
+
+# ---------------------------------------------------------------- budgets
+
+
+def test_every_room_keeps_its_budget():
+    """Lines of each file, of all shipped files, of the tests and of the benchmarks; printed by pytest -s."""
+    lines = collections.Counter()
+    for path in FILES:
+        lines[path.relative_to(ROOT).parts[0]] += num_lines([path])
+    print("\n".join(f"{name:<14}{number:>6} of {LINES.get(name, 0)}" for name, number in lines.items()))
+    print(f"{'shipped':<14}{lines.total():>6} of {SHIPPED_LINES}")
+    assert lines.keys() <= LINES.keys()
+    assert {name: number for name, number in lines.items() if number > LINES[name]} == {}
+    assert lines.total() <= SHIPPED_LINES
+
+
+@pytest.mark.parametrize("folder, most", [("tests", TEST_LINES), ("bench", BENCH_LINES)])
+def test_tests_and_benchmarks_keep_their_budget(folder, most):
+    """They shrink with the code."""
+    assert num_lines((ROOT / folder).rglob("*.py")) <= most
+
+
+@pytest.mark.parametrize("path", named(EVERY_FILE))
+def test_no_function_is_longer_than_50_lines(path):
+    """From `def` to the last line, docstring included; `train`, which is the paper's algorithm, at most 45."""
+    functions = nodes_of(path, ast.FunctionDef, ast.AsyncFunctionDef)
+    limits = {"train": 45} if path.name == "bread.py" else {}
+    assert {node.name: length(node) for node in functions if length(node) > limits.get(node.name, 50)} == {}
+
+
+def attributes_of(node):
+    """What an object of a class may change: assigned as self.NAME, or a field of a dataclass that is not frozen."""
+    decorators = " ".join(map(ast.unparse, node.decorator_list))
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if "dataclass" in decorators and "frozen=True" not in decorators:
+        names |= {field.target.id for field in node.body if isinstance(field, ast.AnnAssign)}
+    for child in ast.walk(node):
+        if isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Store):
+            if isinstance(child.value, ast.Name) and child.value.id == "self":
+                names.add(child.attr)
+    return names
+
+
+@pytest.mark.parametrize("path", named(path for path in FILES if path.parent == ROOT))
+def test_no_class_is_a_bag(path):
+    """At most 120 lines and 12 attributes in a file of the root."""
+    classes = nodes_of(path, ast.ClassDef)
+    assert {node.name: length(node) for node in classes if length(node) > 120} == {}
+    attributes = {node.name: attributes_of(node) for node in classes}
+    assert {name: sorted(found) for name, found in attributes.items() if len(found) > 12} == {}
+
+
+@pytest.mark.parametrize("path", named(SHOWN))
+def test_no_function_takes_a_bag(path):
+    """No parameter named `run`, and at most seven parameters (Triton's kernels take pointers and strides)."""
+    for node in nodes_of(path, ast.FunctionDef, ast.AsyncFunctionDef):
+        given = node.args
+        names = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+        names = [name for name in names if name not in ("self", "cls", "ctx")]
+        assert "run" not in names, f"{path.name}:{node.lineno} {node.name}"
+        if not any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list):
+            assert len(names) <= 7, f"{path.name}:{node.lineno} {node.name} takes {len(names)}"
+
+
+def test_no_two_classes_have_one_name():
+    """One word, one thing."""
+    places = collections.defaultdict(list)
+    for path in SHOWN:
+        for node in nodes_of(path, ast.ClassDef):
+            places[node.name].append(path.name)
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
+# ---------------------------------------------------------------- loose lines
+
+
+@pytest.mark.parametrize("path", named(EVERY_FILE))
+def test_no_line_is_longer_than_110_columns(path):
+    """Characters, not bytes; no tabs, no blanks at the end, and no backslash that continues a line of code."""
+    wrong = [number for number, line in enumerate(text_of(path).split("\n"), 1)
+             if len(line) > 110 or "\t" in line or line != line.rstrip()]
+    assert wrong == []
+    code = [token for token in tokenize.generate_tokens(io.StringIO(text_of(path)).readline)
+            if token.type not in (tokenize.STRING, tokenize.COMMENT)]
+    assert [token.start[0] for token in code if token.line.endswith("\\\n") and token.type == tokenize.NAME] == []
+
+
+@pytest.mark.parametrize("path", named(SHOWN))
+def test_a_statement_binds_one_thing(path):
+    """`a, b, c = x, y, z` is three statements; `B, T, D = x.shape` is one."""
+    packed = [node.lineno for node in nodes_of(path, ast.Assign)
+              if isinstance(node.value, ast.Tuple) and len(node.value.elts) > 2
+              and any(isinstance(target, ast.Tuple) for target in node.targets)]
+    assert packed == []
+
+
+@pytest.mark.parametrize("path", named(SHOWN))
+def test_no_comprehension_is_nested(path):
+    """One inside another has to be unpacked to be read."""
+    kinds = ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
+    nested = [inner.lineno for node in nodes_of(path, *kinds) for inner in ast.walk(node)
+              if isinstance(inner, kinds) and inner is not node]
+    assert nested == []
+
+
+@pytest.mark.parametrize("path", named(path for path in FILES if num_lines([path]) > 40))
+def test_comments_are_neither_rare_nor_a_second_text(path):
+    """8 to 15 in 100 lines, spent on why, shape, equation and measurement."""
+    tokens = tokenize.generate_tokens(io.StringIO(text_of(path)).readline)
+    comments = sum(token.type == tokenize.COMMENT for token in tokens)
+    assert 8 <= 100 * comments / num_lines([path]) <= 15
+
+
+# ---------------------------------------------------------------- the star
+
+
+def imports_of(path):
+    """First parts of the names of all modules that a file imports from outside its folder, wherever it does so."""
+    names = set()
+    for node in nodes_of(path, ast.Import, ast.ImportFrom):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+        elif node.level == 0:
             names.add(node.module.split(".")[0])
     return names
 
 
 def functions_of(path):
-    """(name, node, whether it is public) of every function and method; what stands inside a function is
-    private."""
+    """(name, node, whether it is public) of every function and method; what stands inside a function is private."""
     def walk(node, prefix, is_public):
         for child in ast.iter_child_nodes(node):
             if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -44,13 +190,12 @@ def functions_of(path):
                 yield from walk(child, f"{prefix}{child.name}.", public)
             elif not isinstance(child, ast.expr):
                 yield from walk(child, prefix, is_public)
-    yield from walk(ast.parse(path.read_text(encoding="utf-8")), "", True)
+    yield from walk(tree_of(path), "", True)
 
 
 @pytest.mark.parametrize("path", named(path for path in FILES if path.name != "bread.py"))
 def test_only_bread_imports_files_of_ours(path):
-    """A star, not a web: everything else can be copied out on its own. (Inside kernels/ imports are
-    relative.)"""
+    """A star, not a web: everything else can be copied out on its own. (Inside kernels/ imports are relative.)"""
     assert not imports_of(path) & OURS
 
 
@@ -72,27 +217,6 @@ def test_a_file_imports_from_an_empty_folder(name, tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).is_relative_to(tmp_path)
-
-
-@pytest.mark.parametrize("path", named(EVERY_FILE))
-def test_no_function_is_longer_than_50_lines(path):
-    """From `def` to the last line, docstring included."""
-    lengths = {name: node.end_lineno - node.lineno + 1 for name, node, _ in functions_of(path)}
-    assert {name: length for name, length in lengths.items() if length > 50} == {}
-
-
-def test_train_reads_as_the_algorithm():
-    """At most 45 lines."""
-    train, = [node for name, node, _ in functions_of(ROOT / "bread.py") if name == "train"]
-    assert train.end_lineno - train.lineno + 1 <= 45
-
-
-@pytest.mark.parametrize("path", named(EVERY_FILE))
-def test_no_line_is_longer_than_120_columns(path):
-    """Characters, not bytes; and no tabs, no blanks at the end of a line."""
-    wrong = [number for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
-             if len(line) > 120 or "\t" in line or line != line.rstrip()]
-    assert wrong == []
 
 
 @pytest.mark.parametrize("path", named(FILES))

@@ -1,30 +1,30 @@
-"""Claims about packing.py: a context that runs once gives every hidden state and every gradient of running it G times.
+"""Claims about packing.py: a context that runs once gives every hidden state and every gradient of running it
+G times.
 
-The rival in all of them is the plain way: each rollout alone, as one full row without a cache. In float64 the two may
-differ by rounding only, about 1e-15 per operation, so 1e-10 of a gradient's largest entry is already generous.
+The rival in all of them is the plain way: each rollout alone, as one full row without a cache. In float64
+the two may differ by rounding only, about 1e-15 per operation, so 1e-10 of a gradient's largest entry is
+already generous.
 """
-import doctest
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
-import packing
 from model import ModelConfig, Transformer
-from packing import Prefixes, forward_suffixes, layout
+from packing import Prefixes, forward_suffixes, layout, make_batches
 
 VOCABULARY = 61
-# Contexts and completions, in tokens: an empty prefix, prefixes of equal length, groups of one row and of ragged ones.
+# Contexts and completions, in tokens: an empty prefix, prefixes of equal length, one row and ragged ones.
 MIXED = [(1, [3, 5]), (9, [4, 9, 1, 12]), (9, [6]), (30, [2, 2, 2]), (4, [20, 1, 7])]
 
 
-def make_model(kind="qwen3", heads=4, kv_heads=2, dtype=torch.float64, **kwargs):
+def make_model(kind="qwen3", heads=4, kv_heads=2, dtype=torch.float64, recompute=False):
     """A random decoder with weights so large that attention is far from uniform."""
     config = ModelConfig(kind, VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
                          num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=8,
-                         max_position_embeddings=256, **kwargs)
-    model = Transformer(config).initialize(0)
+                         max_position_embeddings=256)
+    model = Transformer(config, recompute=recompute).initialize(0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -48,7 +48,8 @@ def split(context, completions):
 
 
 def loss_of(hidden_ND, completion, length):
-    """A loss that weighs every position and channel differently, by a draw that depends on the completion only."""
+    """A loss that weighs every position and channel differently, by a draw that depends on the completion
+    only."""
     generator = torch.Generator().manual_seed(hash(tuple(completion)) % 2**31)
     weights_ND = torch.randn(length, hidden_ND.shape[1], generator=generator, dtype=torch.float64)
     return (hidden_ND * weights_ND.to(hidden_ND)).sum()
@@ -62,7 +63,8 @@ def take_gradients(model):
 
 
 def unshared(model, groups):
-    """(hidden states of the positions that predict the completions, gradients), each rollout alone in a full row."""
+    """(hidden states of the positions that predict the completions, gradients), each rollout alone in a
+    full row."""
     hiddens = []
     for context, completions in groups:
         for ids in completions:
@@ -79,7 +81,8 @@ def permutation(size, seed):
 
 
 def shared(model, groups, rows_per_pass=1000, shuffle=None, backward=True):
-    """The same through packing.py; `shuffle` is the seed of an order for the prefixes and one for the rows."""
+    """The same through packing.py; `shuffle` is the seed of an order for the prefixes and one for the
+    rows."""
     rows, prefixes = [], [None] * len(groups)
     for number, (context, completions) in zip(permutation(len(groups), shuffle), groups):
         prefixes[number], suffixes = split(context, completions)
@@ -98,8 +101,8 @@ def shared(model, groups, rows_per_pass=1000, shuffle=None, backward=True):
 
 
 def error(results, expected):
-    """Largest difference of hidden states and of any parameter's gradient, in units of the expected tensor's largest
-    entry."""
+    """Largest difference of hidden states and of any parameter's gradient, in units of the expected
+    tensor's largest entry."""
     (hidden, gradients), (true_hidden, true_gradients) = results, expected
     assert gradients.keys() == true_gradients.keys()
     pairs = [(hidden, true_hidden)] + [(gradients[name], true) for name, true in true_gradients.items()]
@@ -117,45 +120,36 @@ def test_hidden_states_and_all_gradients_are_those_of_the_unshared_pass(kind, he
     assert error(shared(model, groups), expected) < 1e-10
 
 
-@pytest.mark.parametrize("P", [0, 1, 5, 6, 7, 40])
-def test_prefixes_may_be_empty_or_of_any_length(P):
-    """Shorter than, as long as and longer than the rows of 6 tokens behind it."""
-    model, groups = make_model(), make_groups([(P + 1, [6, 6, 4])])
-    assert error(shared(model, groups), unshared(model, groups)) < 1e-10
-
-
-@pytest.mark.parametrize("rows_per_pass", [1, 3, 5])
-def test_micro_batches_may_cut_through_groups(rows_per_pass):
-    """Gradients of the K/V add up over the passes, a group's rows may be in several of them."""
-    model, groups = make_model(), make_groups(MIXED + [(12, [5, 8, 8, 3, 6, 7])])
-    assert error(shared(model, groups, rows_per_pass), unshared(model, groups)) < 1e-10
-
-
-@pytest.mark.parametrize("shuffle", [1, 2])
-def test_order_of_prefixes_and_rows_does_not_matter(shuffle):
-    """Rows of different groups interleaved, prefixes not by length: hidden states come back in the rows' order."""
-    model, groups = make_model(), make_groups(MIXED)
-    assert error(shared(model, groups, 4, shuffle), unshared(model, groups)) < 1e-10
-
-
-def test_float32_is_as_exact_as_float32_can_be():
-    """Errors against float64 stay below 1e-5 of the gradient's scale: eps is 1.2e-7, sums have some hundred terms."""
-    groups = make_groups(MIXED)
-    assert error(shared(make_model(dtype=torch.float32), groups), unshared(make_model(), groups)) < 1e-5
+@pytest.mark.parametrize("rows_per_pass, shuffle", [(1, None), (3, None), (5, None), (4, 1), (4, 2), (99, 1)])
+@pytest.mark.parametrize("shape", [
+    MIXED + [(12, [5, 8, 8, 3, 6, 7])], [(1, [4, 6]), (1, [3])], [(5, [4, 6]), (8, []), (1, [3]), (1, [])],
+    [(P + 1, [6, 6, 4]) for P in (0, 1, 5, 6, 7, 40)]])
+def test_prefixes_of_any_length_and_rows_in_any_order_and_any_micro_batches(shape, rows_per_pass, shuffle):
+    """Prefixes empty, unused, shorter than, as long as and longer than the rows behind them; micro-batches
+    that cut through groups; rows of different groups interleaved: hidden states come back in the rows'
+    order, gradients add up."""
+    model, groups = make_model(), make_groups(shape)
+    assert error(shared(model, groups, rows_per_pass, shuffle), unshared(model, groups)) < 1e-10
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_bf16_is_no_worse_than_without_sharing(device):
-    """Both are compared with float64. The K/V gradients are rounded to 8 bits once more, hence half as much again."""
+def test_low_precision_is_no_worse_than_without_sharing(device):
+    """Compared with float64. float32: below 1e-5 of the gradient's scale, since eps is 1.2e-7 and sums
+    have some hundred terms (1e-3 on a GPU, whose kernels are its own). bf16: K/V gradients are rounded to
+    8 bits once more, hence half as much error again."""
     groups = make_groups(MIXED + [(70, [40] * 8)])
     expected = unshared(make_model(), groups)
+    limit = 1e-5 if device == "cpu" else 1e-3
+    assert error(shared(make_model(dtype=torch.float32).to(device), groups), expected) < limit
     model = make_model(dtype=torch.bfloat16).to(device)
-    ours, theirs = (error(run(model, groups), expected) for run in (shared, unshared))
+    ours, theirs = (error(way(model, groups), expected) for way in (shared, unshared))
     assert ours < 1.5 * theirs and theirs < 0.5, (ours, theirs)
 
 
-def test_the_loss_reaches_the_prefix_and_only_through_backward():
-    """A token that only the prefix holds has its full gradient; without `backward` it has none, and nothing warns."""
+def test_the_loss_reaches_the_prefix_through_backward_and_only_once():
+    """A token that only the prefix holds has its full gradient; without `backward` it has none, and
+    nothing warns. A second `backward`, called between two micro-batches by mistake, does not pass in
+    silence."""
     model = make_model()
     groups = [([60, 60, 7], [[1, 2, 3], [4, 5]])]  # 7 opens the rows, 60 is in the prefix alone
     expected = unshared(model, groups)[1]["model.embed_tokens.weight"][60]
@@ -164,11 +158,6 @@ def test_the_loss_reaches_the_prefix_and_only_through_backward():
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
     assert forgotten.abs().max() == 0
-
-
-def test_a_second_backward_is_an_error():
-    """Called between two micro-batches by mistake, it does not pass in silence."""
-    model = make_model()
     prefixes = Prefixes(model, [[1, 2, 3]])
     forward_suffixes(model, prefixes, [(0, [4])]).sum().backward()
     prefixes.backward()
@@ -177,42 +166,23 @@ def test_a_second_backward_is_an_error():
         prefixes.backward()
 
 
-class Recomputed(torch.nn.Module):
-    """A block whose activations are computed again in the backward pass."""
-
-    def __init__(self, block):
-        super().__init__()
-        self.block = block
-
-    def forward(self, *args):
-        return checkpoint(self.block, *args, use_reentrant=False)
-
-
-def test_recomputed_activations_change_nothing(monkeypatch):
-    """With every block checkpointed: same gradients, attend runs again for every layer of both phases, and the K/V of
-    phase 1 stay the first ones."""
-    model, groups = make_model(), make_groups(MIXED)
-    expected, calls = unshared(model, groups), []
-    for cache in (packing.Prefixes, packing.Suffixes):
-        def attend(self, layer, *qkv, plain=cache.attend):
-            kept = [id(x) for leaves in getattr(self, "leaves", []) for x in leaves]
-            out = plain(self, layer, *qkv)
-            assert [id(x) for leaves in getattr(self, "leaves", []) for x in leaves][:len(kept)] == kept
-            calls.append((type(self).__name__, layer))
-            return out
-        monkeypatch.setattr(cache, "attend", attend)
-    blocks = model.model["layers"]
-    model.model["layers"] = torch.nn.ModuleList(Recomputed(block) for block in blocks)
-    hidden_ND, gradients = shared(model, groups, rows_per_pass=6)
-    gradients = {name.replace(".block", ""): gradient for name, gradient in gradients.items()}
-    assert error((hidden_ND, gradients), expected) < 1e-10
-    passes = {name: [layer for who, layer in calls if who == name] for name in ("Prefixes", "Suffixes")}
-    assert len(passes["Suffixes"]) == 2 * 3 * 3  # twice, 3 micro-batches, 3 layers
-    assert len(passes["Prefixes"]) >= 2 * 3 - 1  # the last layer may stop before: only its K/V have a gradient
+def test_linear_layers_see_every_token_once_and_no_padding_also_when_recomputed():
+    """P + sum of R tokens a group, counted at an MLP: 45 + 18 rather than the 270 of a padded batch of 6
+    rows. With every block checkpointed both phases run once more on the way back; hidden states and
+    gradients stay as they are."""
+    groups = make_groups([(46, [1, 2, 3, 3, 4, 5])])
+    expected = unshared(make_model(), groups)
+    for recompute in (False, True):
+        model, tokens = make_model(recompute=recompute), []
+        mlp = model.model["layers"][1].mlp
+        mlp.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
+        assert error(shared(model, groups), expected) < 1e-10
+        assert tokens == ([45, 18, 18, 45] if recompute else [45, 18])
 
 
 def test_without_gradients_it_only_computes():
-    """Under no_grad, and with a frozen model: same hidden states, no graph, and `backward` has nothing to do."""
+    """Under no_grad, and with a frozen model: same hidden states, no graph, and `backward` has nothing to
+    do."""
     model, groups = make_model(), make_groups(MIXED)
     expected_ND, _ = unshared(model, groups)
     prefixes, suffixes = zip(*(split(*group) for group in groups))
@@ -225,35 +195,18 @@ def test_without_gradients_it_only_computes():
         torch.testing.assert_close(result_ND, expected_ND, rtol=1e-10, atol=1e-12)
         assert not result_ND.requires_grad and not any(x.requires_grad for pair in cache.leaves for x in pair)
         cache.backward()
-
-
-def test_empty_and_unused_prefixes_cost_nothing():
-    """Contexts of one token need no phase 1; a prefix without rows adds no gradient."""
-    model = make_model()
-    only_empty = make_groups([(1, [4, 6]), (1, [3])])
-    assert error(shared(model, only_empty), unshared(model, only_empty)) < 1e-10
-    assert Prefixes(model, [[], []]).leaves == []
-    groups = make_groups([(5, [4, 6]), (8, []), (1, [3]), (1, [])])
-    assert error(shared(model, groups), unshared(model, groups)) < 1e-10
-
-
-def test_linear_layers_see_every_token_once_and_no_padding():
-    """P + sum of R tokens per group, counted at the MLP: 45 + 18 rather than the 270 of a padded batch of 6 rows."""
-    model, tokens = make_model(), []
-    model.model["layers"][0].mlp.register_forward_hook(lambda _, inputs, __: tokens.append(inputs[0].shape[:2]))
-    shared(model, make_groups([(46, [1, 2, 3, 3, 4, 5])]))
-    assert tokens == [(1, 45), (1, 18)]
+    assert Prefixes(model, [[], []]).leaves == [], "contexts of one token need no phase 1"
 
 
 def test_less_than_half_of_the_places_is_padding():
-    """However the lengths are spread; and rows of similar length share a call."""
+    """However the lengths are spread; and rows of similar length, the longest first, share a call."""
     rng = random.Random(0)
     for _ in range(50):
         rows = [(rng.randrange(4), [0] * round(10 ** rng.uniform(0, 3))) for _ in range(rng.randrange(1, 40))]
         positions, places, calls = layout([7, 0, 3, 30], rows)
         assert len(set(places)) == len(places) == len(positions) == sum(len(ids) for _, ids in rows)
         assert max(places) < sum(G * R for _, G, R in calls) <= 2 * len(places)
-    assert layout([5], [(0, [0] * n) for n in (6, 10, 5, 8)])[2] == [(0, 4, 10)]
+    assert layout([5], [(0, [0] * n) for n in (10, 8, 6, 5)])[2] == [(0, 4, 10)]
 
 
 @pytest.mark.parametrize("row", [(0, []), (2, [1]), (-1, [1])])
@@ -264,20 +217,55 @@ def test_a_row_that_continues_nothing_is_refused(row):
         forward_suffixes(model, Prefixes(model, [[1, 2], [3]]), [(0, [4]), row])
 
 
-def test_the_example_in_the_docstring_is_true():
-    """layout, in small integers."""
-    assert doctest.testmod(packing) == (0, 1)
-
-
 @pytest.mark.gpu
 def test_flash_attention_runs_in_phase_2_on_cuda():
-    """With heads of 64 channels in bf16, phase 2 runs with every other backend forbidden, forward and backward, and
-    float32 gradients on the GPU equal those of the CPU to 1e-3 (TF32 is off; sums are ordered differently)."""
+    """With heads of 64 channels in bf16, phase 2 runs with every other backend forbidden, forward and
+    backward."""
     groups = make_groups([(65, [64, 50, 64, 33]), (20, [40, 41])])
     config = ModelConfig("qwen2", VOCABULARY, 256, 256, 2, 4, 2, 64, 256)
     model = Transformer(config).initialize(0).to("cuda", torch.bfloat16)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
         hidden_ND, gradients = shared(model, groups)
     assert all(torch.isfinite(x).all() for x in (hidden_ND, *gradients.values()))
-    on_cpu, model = unshared(make_model(dtype=torch.float32), groups), make_model(dtype=torch.float32).cuda()
-    assert error(shared(model, groups), on_cpu) < 1e-3
+
+
+# ---------------------------------------------------------------- micro-batches of rollouts
+
+
+def rollout(prompt_ids, anchor_ids, completion_ids, advantage=1.0):
+    logprobs = [-1.0 - 0.01 * i for i in range(len(completion_ids))]
+    return SimpleNamespace(prompt_ids=prompt_ids, anchor_ids=anchor_ids, completion_ids=completion_ids,
+                           logprobs=logprobs, advantage=advantage)
+
+
+def test_a_batch_is_the_picture():
+    """q q q e | e o o o -> o o o s: a prefix is the context but for its last token, which opens the input.
+    Only sampled tokens are targets; no anchor token has a weight. The longer row first; N tokens end to
+    end, without padding. Ids that pad elsewhere (0) and stop ids (9) are tokens like any other, wherever
+    they stand."""
+    rows = [rollout([0, 9, 13], [9, 0], [0, 9, 33, 9], 0.5), rollout([0] * 5, [], [0] * 6, -2.0)]
+    (prefixes, (batch,)), = make_batches(rows, 10, lambda row: 1 / (2 * len(row.completion_ids)), "cpu")
+    assert prefixes == [[0, 9, 13, 9], [0] * 4]
+    assert batch.rollouts == rows
+    assert batch.rows == [(0, [0, 0, 9, 33]), (1, [0] * 6)]
+    assert batch.targets_N.tolist() == [0, 9, 33, 9] + [0] * 6
+    torch.testing.assert_close(batch.old_logprobs_N, torch.tensor(rows[0].logprobs + rows[1].logprobs))
+    torch.testing.assert_close(batch.weights_N, torch.tensor([1 / 8] * 4 + [1 / 12] * 6))
+    assert batch.advantages_N.tolist() == [0.5] * 4 + [-2.0] * 6
+    assert batch.expand([True, False]).tolist() == [1.0] * 4 + [0.0] * 6
+
+
+def test_a_context_runs_once_and_every_rollout_is_in_one_micro_batch():
+    """Groups of 5, 2, 1 and 1 in micro-batches of 3: no context is in two packs, no batch is larger than
+    3, small groups share one, and rollouts behind the same tokens share a prefix, whichever of these are
+    an anchor."""
+    sizes = {(11, 12): 5, (13,): 2, (14, 15, 16): 1, (17, 18): 1}
+    rows = [rollout(list(context), [], [31, 9], 1.0 + i)
+            for context, size in sizes.items() for i in range(size)]
+    rows.append(rollout([14], [15, 16], [32, 9], 2.0))
+    packs = list(make_batches(rows, 3, lambda row: 1.0, "cpu"))
+    assert sorted(prefix for prefixes, _ in packs for prefix in prefixes) == [[], [11], [14, 15], [17]]
+    found = [([*prefixes[i], ids[0]], r.advantage) for prefixes, batches in packs for batch in batches
+             for (i, ids), r in zip(batch.rows, batch.rollouts)]
+    assert sorted(found) == sorted((r.prompt_ids + r.anchor_ids, r.advantage) for r in rows)
+    assert [[len(batch.rows) for batch in batches] for _, batches in packs] == [[2], [3, 2], [3]]
