@@ -1,15 +1,16 @@
-"""The paper's claims against the controls a sceptic asks for: every method, several seeds, equal sampled tokens.
+"""The paper's claims against the controls a sceptic asks for: every method, several seeds, equal tokens.
 
-    python bench/claims.py [--quick] [--only REGEX] [--jobs 2]     # run what is missing; --list shows what that is
+    python bench/claims.py [--quick] [--only REGEX] [--jobs 2]        # run what is missing
     python bench/claims.py --table [--results bench/results/claims]   # Markdown, from the JSON files alone
 
-Resumable: a run that ended has its file OUTPUT/results/NAME.json and is not repeated; one that was cut short starts
-anew. Each run is a process of one thread, so that two side by side do not disturb each other. The clock that methods
-share is sampled tokens, probes included: BREAD of a seed runs first, and what it spent is the budget of the others.
+Resumable: a run that ended has its file RESULTS/NAME.json; delete the file, and it is run again. Each run is
+a process of one thread, so that two side by side do not disturb each other. The clock that methods share is
+sampled tokens, probes included: BREAD of a seed runs first, and what it spent is the budget of the others.
 """
 import argparse
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -19,52 +20,56 @@ import shutil
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 0.8                             # held-out sampled accuracy whose price in tokens is compared
 TASKS = {"chain": 12, "walk": 12}        # and the length L of the problems in examples/TASK
-LENGTHS = {"chain": (16, 10, 9, 8, 6, 4, 2), "walk": (10, 9, 8, 6)}  # others. Long runs first: short ones fill the gaps
+LENGTHS = {"chain": (16, 10, 9, 8, 6, 4, 2), "walk": (10, 9, 8, 6)}  # others; long runs first
 TOKENS = {"chain": 5, "walk": 6}         # of a line of one move
-ENDLESS = "--steps 100000"               # more than any budget lasts
 SFT_STEPS = 300                          # 19 passes over the 512 traces, 32 a step
 
-# Budget: in tokens that BREAD of the same task, length and seed spent; 0: the steps of TASK.args.
-# Every: steps between evaluations (2 x 200 answers, where a step samples 256 rollouts and more). Rows that probe spend
-# up to 18k tokens a step at L = 12, the others 12k, so 3 and 5 steps are about the same distance on the axis of tokens.
-# method             budget every  flags                                                   name in tables and figures
+# Budget: in tokens that BREAD of the same task, length and seed spent; 0: the steps of TASK.args. Every:
+# steps between evaluations (2 x 200 answers, where a step samples 256 rollouts or more). Rows that probe
+# spend up to 18k tokens a step at L = 12, the others 12k: 3 and 5 steps are about as far in tokens.
+FILE = "--method examples/methods.py:"
+# method   budget every  flags                                             name in tables and figures
 HEADLINE = (
-    ("bread",             0, 3, "--method bread",                                          "BREAD"),
-    ("grpo",              1, 5, "--method grpo",                                           "GRPO"),
-    ("resample",          1, 5, "--method grpo --on-fail resample",                        "GRPO, resample"),
-    ("sft",               0, 50, f"--method sft --steps {SFT_STEPS}",                      "SFT"),
-    ("sft+grpo",          1, 5, "--method grpo",                                           "SFT, then GRPO"))
-CONTROLS = (
-    ("random",            1, 3, "--method bread --anchor random",                          "random cut"),
-    ("range",             1, 3, "--method bread --anchor random --anchor-from 0.4 --anchor-to 0.8", "random 40-80%"),
-    ("fixed",             1, 3, "--method bread --anchor fixed --anchor-fraction 0.5",     "fixed half"),
-    ("anneal",            1, 3, "--method bread --anchor anneal",                          "annealed"),
-    ("adaback",           1, 3, "--method bread --anchor adaback",                         "adaptive"),
-    ("random-always",     1, 5, "--method bread --anchor random --anchor-when always",     "R3: random cut"),
-    ("range-always",      1, 5, "--method bread --anchor random --anchor-from 0.4 --anchor-to 0.8 --anchor-when always",
-     "PrefixRL: random 40-80%"),
-    ("fixed-always",      1, 5, "--method bread --anchor fixed --anchor-fraction 0.5 --anchor-when always",
-     "fixed half"),
-    ("anneal-always",     1, 5, "--method bread --anchor anneal --anchor-when always",     "UFT: annealed"),
-    ("adaback-always",    1, 5, "--method bread --anchor adaback --anchor-when always",    "AdaBack: adaptive"),
-    ("hint-always",       1, 5, "--method bread --anchor fixed --anchor-fraction 0.5 --anchor-when always"
-     " --anchor-placement hint",                                                           "QuestA: half, as a hint"),
-    ("expert",            1, 5, "--method grpo --on-fail expert",                          "GRPO + expert trace"),
-    ("luffy",             1, 5, "--method grpo --on-fail expert --expert-shaping 0.1",     "LUFFY: + expert, shaped"),
-    ("relift",            1, 5, "--method grpo --on-fail sft",                             "ReLIFT: + SFT on failures"))
+    ("bread",    0, 3, "--method bread",                                   "BREAD"),
+    ("grpo",     1, 5, "--method grpo",                                    "GRPO"),
+    ("resample", 1, 5, "--method grpo --on-fail resample",                 "GRPO, resample"),
+    ("sft",      0, 50, f"--method sft --steps {SFT_STEPS}",               "SFT"),
+    ("sft+grpo", 1, 5, "--method grpo",                                    "SFT, then GRPO"))
+WHERE_FAILED = (  # as BREAD, but for the choice of the cut
+    ("random",   1, 3, FILE + "random_where_failed",                       "random cut"),
+    ("range",    1, 3, FILE + "range_where_failed",                        "random 40-80%"),
+    ("fixed",    1, 3, FILE + "half_where_failed",                         "fixed half"),
+    ("anneal",   1, 3, FILE + "uft_where_failed",                          "annealed"),
+    ("adaback",  1, 3, FILE + "adaback_where_failed",                      "adaptive"),
+    ("mfc",      1, 3, FILE + "mfc_where_failed",                          "frontier"))
+ALWAYS = (  # every group behind an anchor: the papers' methods
+    ("random-always",    1, 5, FILE + "r3",                                "R3: random cut"),
+    ("range-always",     1, 5, FILE + "prefixrl",                          "PrefixRL: random 40-80%"),
+    ("fixed-always",     1, 5, FILE + "questa",                            "fixed half"),
+    ("anneal-always",    1, 5, FILE + "uft",                               "UFT: annealed"),
+    ("adaback-always",   1, 5, FILE + "adaback",                           "AdaBack: adaptive"),
+    ("mfc-always",       1, 5, FILE + "mfc",                               "MFC: frontier"),
+    ("adaprefix-always", 1, 5, FILE + "adaprefix",                         "AdaPrefix: controlled"),
+    ("hint-always",      1, 5, FILE + "questa --anchor-placement hint",    "QuestA: half, as a hint"))
+NO_ANCHOR = (
+    ("expert",   1, 5, "--method grpo --on-fail expert",                   "GRPO + expert trace"),
+    ("luffy",    1, 5, FILE + "luffy",                                     "LUFFY: + expert, shaped"),
+    ("relift",   1, 5, FILE + "relift",                                    "ReLIFT: + SFT on failures"),
+    ("nft",      1, 5, FILE + "nft",                                       "NFT: negatives, too"))
+CONTROLS = WHERE_FAILED + ALWAYS + NO_ANCHOR
 LABELS = {method: label for method, *_, label in HEADLINE + CONTROLS}
+LABELS |= {method: f"{label}, always" for method, *_, label in ALWAYS}
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Trial:
     """One row of the matrix with its seed; `budget`, `every` and `flags` as above."""
     task: str
     length: int
@@ -83,20 +88,16 @@ class Run:
         return f"{self.task}{self.length}-{method}-{self.seed}"
 
     @property
-    def starts_from(self):
-        """The run from whose checkpoint this one starts, or None: it starts from the task's base model."""
-        return self.sibling("sft") if self.method == "sft+grpo" else None
-
-    @property
     def needs(self):
-        """Names of the runs that have to end before this one can start."""
-        return ([self.sibling("bread")] if self.budget else []) + ([self.starts_from] if self.starts_from else [])
+        """Names of the runs that have to end before this one; the last may be SFT, from which it starts."""
+        names = [self.sibling("bread")] if self.budget else []
+        return names + ([self.sibling("sft")] if self.method == "sft+grpo" else [])
 
 
 def by_length(length):
-    """BREAD and GRPO at another L. Short problems are learned within a few steps, so each of them is evaluated. At
-    L = 9 and 10 GRPO arrives late if at all, and may spend three times what BREAD spent. Where the base is right at
-    times, SFT has something to spoil."""
+    """BREAD and GRPO at another L. Short problems are learned within a few steps, so each is evaluated. At
+    L = 9 and 10 GRPO is late if it arrives, and may spend three times what BREAD spent. Where the base is
+    right at times, SFT has something to spoil."""
     bread_every, grpo_every = (1, 1) if length <= 6 else (2, 3) if length <= 8 else (2, 6)
     rows = [("bread", 0, bread_every, "--method bread"),
             ("grpo", 3 if length in (9, 10) else 1, grpo_every, "--method grpo")]
@@ -104,178 +105,147 @@ def by_length(length):
 
 
 def matrix(quick=False):
-    """All runs, in the order in which they start. `quick`: one seed of chain's headline."""
-    if quick:
-        return [Run("chain", TASKS["chain"], *row[:4], 0) for row in HEADLINE]
-    rows = [(task, length, row, 5) for task, length in TASKS.items() for row in HEADLINE]
-    rows += [("chain", TASKS["chain"], row, 3) for row in CONTROLS]
-    rows += [(task, length, row, 3) for task in LENGTHS for length in LENGTHS[task] for row in by_length(length)]
-    return [Run(task, length, *row[:4], seed) for task, length, row, seeds in rows for seed in range(seeds)]
+    """All runs; those that need others come behind them. `quick`: one seed of chain's headline."""
+    rows = [("chain", TASKS["chain"], 1, row) for row in HEADLINE]
+    if not quick:
+        rows = [(task, length, 5, row) for task, length in TASKS.items() for row in HEADLINE]
+        rows += [("chain", TASKS["chain"], 3, row) for row in CONTROLS]
+        for task, lengths in LENGTHS.items():
+            rows += [(task, length, 3, row) for length in lengths for row in by_length(length)]
+    trials = [Trial(*where, *row[:4], seed) for *where, seeds, row in rows for seed in range(seeds)]
+    return sorted(trials, key=lambda trial: len(trial.needs))
 
 
 # ---------------------------------------------------------------- running
 
 
-def flags_of(run, output, budget="N"):
-    """The arguments of bread.py as a list of text. Paths are relative to the repository, or lie in `output`."""
-    example, own_data = f"examples/{run.task}", run.length != TASKS[run.task]
-    data = f"{output}/data/{run.task}-{run.length}" if own_data else example
-    model = f"{output}/runs/{run.starts_from}/checkpoint-{SFT_STEPS}" if run.starts_from else f"{example}/model"
-    flags = [f"@{example}/{run.task}.args", "--model", model, "--data", f"{data}/train.jsonl",
-             "--eval-data", f"{data}/heldout.jsonl", *run.flags.split(), "--seed", str(run.seed),
-             "--eval-every", str(run.every), "--output", f"{output}/runs/{run.name}", "--overwrite"]
-    if own_data:
-        flags += ["--max-new-tokens", str(TOKENS[run.task] * run.length + 12)]  # the answer is shorter than 12
-    return flags + ([*ENDLESS.split(), "--token-budget", str(budget)] if run.budget else [])
+def flags_of(trial, output, budget="N"):
+    """The arguments of bread.py; paths are relative to the repository, or lie in `output`."""
+    example = f"examples/{trial.task}"
+    model = f"{example}/model"
+    data = example
+    more = []
+    if trial.method == "sft+grpo":
+        model = f"{output}/runs/{trial.sibling('sft')}/checkpoint-{SFT_STEPS}"
+    if trial.length != TASKS[trial.task]:
+        data = f"{output}/data/{trial.task}-{trial.length}"
+        more = ["--max-new-tokens", str(TOKENS[trial.task] * trial.length + 12)]  # 12 suffice for the answer
+    if trial.budget:
+        more += ["--steps", "100000", "--token-budget", str(budget)]
+    return [f"@{example}/{trial.task}.args", "--model", model, "--data", f"{data}/train.jsonl",
+            "--eval-data", f"{data}/heldout.jsonl", *trial.flags.split(), "--seed", str(trial.seed),
+            "--eval-every", str(trial.every), "--output", f"{output}/runs/{trial.name}", "--overwrite", *more]
 
 
 def call(arguments):
-    """A Python program of this repository in a process of one thread, to its end: None, or what it said when it
-    failed, its exit code behind that."""
+    """A Python program of this repository in a process of one thread, to its end: None, or why it failed."""
     # Two busy processes on two cores: threads that spin at barriers would take the other's core.
     env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=env, stdout=subprocess.DEVNULL,
-                          stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=env, text=True,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     return f"{done.stderr.rstrip()}\nexit code {done.returncode}" if done.returncode else None
 
 
-def to_do(runs, output, only=""):
-    """The runs that match `only` and have no result, and what they need, in the order of the matrix."""
-    by_name, chosen = {run.name: run for run in runs}, set()
-
-    def visit(run, wants_checkpoint=False):
-        ended = (output / "results" / f"{run.name}.json").is_file()
-        if wants_checkpoint:  # it may be gone: results can be copied without the folder of runs
-            ended &= (output / "runs" / run.name / f"checkpoint-{SFT_STEPS}").is_dir()
-        if not ended and run.name not in chosen:
-            chosen.add(run.name)
-            for name in run.needs:
-                visit(by_name[name], name == run.starts_from)
-
-    for run in runs:
-        if re.search(only, run.name):
-            visit(run)
-    return [run for run in runs if run.name in chosen]
+def to_do(trials, output, results, only=""):
+    """The runs that match `only` and have no result, and what they need, in their order."""
+    chosen = []
+    needed = set()
+    for trial in reversed(trials):  # what is needed comes earlier
+        ended = (results / f"{trial.name}.json").is_file()
+        if trial.method == "sft" and trial.name in needed:  # results can be copied without the checkpoints
+            ended &= (output / "runs" / trial.name / f"checkpoint-{SFT_STEPS}").is_dir()
+        if not ended and (trial.name in needed or re.search(only, trial.name)):
+            chosen.append(trial)
+            needed.update(trial.needs)
+    return chosen[::-1]
 
 
-DATA_LOCK = threading.Lock()
-
-
-def make_data(run, output):
-    """The problems of a length that the repository does not hold. None, or what went wrong."""
-    folder = output / "data" / f"{run.task}-{run.length}"
-    if run.length == TASKS[run.task]:
-        return None
-    with DATA_LOCK:
-        if not folder.is_dir():
+def make_data(trials, output, call):
+    """The problems of all lengths that the repository does not hold. None, or what went wrong."""
+    for task, length in sorted({(trial.task, trial.length) for trial in trials}):
+        folder = output / "data" / f"{task}-{length}"
+        if length != TASKS[task] and not folder.is_dir():
             unnamed = folder.with_suffix(".tmp")
-            error = call(["examples/make.py", run.task, "--length", run.length, "--data-only", "--output", unnamed])
+            error = call(["examples/make.py", task, "--length", length, "--data-only", "--output", unnamed])
             if error:
                 return error
             unnamed.rename(folder)
-    return None
 
 
-def execute(run, output, jobs):
-    """Carry out a run and write its result. Returns (the result, None), or (None, what went wrong)."""
-    error, budget = make_data(run, output), 0
+def execute(trial, output, results, jobs, call):
+    """Carry out a run and write its result. Returns None, or what went wrong."""
+    missing = [name for name in trial.needs if not (results / f"{name}.json").is_file()]
+    if missing:
+        return f"not started: it needs {' and '.join(missing)}"
+    needed = [read_result(results / f"{name}.json") for name in trial.needs]
+    budget = trial.budget * needed[0]["tokens/sampled"] if trial.budget else 0
+    commit = git_commit()
+    began = time.time()
+    error = call(["bread.py", *flags_of(trial, output, budget)])
     if error:
-        return None, error
-    if run.budget:
-        budget = run.budget * read_result(output / "results" / f"{run.sibling('bread')}.json")["tokens/sampled"]
-    folder, commit, began = output / "runs" / run.name, git_commit(), time.time()
-    error = call(["bread.py", *flags_of(run, output, budget)])
-    seconds = time.time() - began
-    if error:
-        return None, error
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        return error
     result = {
-        "task": run.task, "length": run.length, "method": run.method, "seed": run.seed,
-        "command": " ".join(["python bread.py", *flags_of(run, "runs/claims", budget)]),
-        "seconds": round(seconds, 1), "jobs": jobs, "cores": os.cpu_count(), "commit": commit,
-        "torch": importlib.metadata.version("torch"), "python": platform.python_version(), **summary(rows)}
-    if run.method == "sft":
+        "task": trial.task, "length": trial.length, "method": trial.method, "seed": trial.seed,
+        "command": " ".join(["python bread.py", *flags_of(trial, "runs/claims", budget)]),
+        "seconds": round(time.time() - began, 1), "jobs": jobs, "cores": os.cpu_count(), "commit": commit,
+        "torch": importlib.metadata.version("torch"), "python": platform.python_version(),
+        **summary(output / "runs" / trial.name / "metrics.jsonl")}
+    used = [trial.name]
+    if trial.method == "sft":
+        used = []             # its checkpoint waits for the run that starts from it
         del result["series"]  # no rollouts, so no groups
-    if run.starts_from:       # its weights have seen the traces that SFT was shown
-        before = read_result(output / "results" / f"{run.starts_from}.json")
-        result |= {key: before[key] for key in ("anchor/shown", "anchor/used")}
-    write_result(output / "results" / f"{run.name}.json", result)
-    used = [] if run.method == "sft" else [run.name]  # SFT's checkpoint waits for the run that starts from it
-    for name in used + [run.starts_from] * bool(run.starts_from):
+    if trial.method == "sft+grpo":  # its weights have seen the traces that SFT was shown
+        used.append(trial.needs[-1])
+        result |= {key: needed[-1][key] for key in ("anchor/shown", "anchor/used")}
+    write_result(results / f"{trial.name}.json", result)
+    for name in used:
         for checkpoint in (output / "runs" / name).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-    return result, None
 
 
-def summary(rows):
-    """What is kept of metrics.jsonl: evaluations, series with one number a step, and where they ended."""
-    def shorter(value):
-        return round(value, 4) if isinstance(value, float) else value
+def short(row, *keys):
+    values = {key: row.get(key) for key in keys}
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()}
 
-    steps, kept = [row for row in rows if row["step"]], ("step", "tokens/sampled", "eval/accuracy", "eval/greedy")
-    last = steps[-1]
-    series = {key: [shorter(row.get(key)) for row in steps]
-              for key in ("tokens/sampled", "anchor/fraction", "frac_reward_zero_std", "reward")}
-    return {"steps": last["step"], "tokens/sampled": last["tokens/sampled"],
-            "anchor/shown": shorter(last.get("anchor/shown")), "anchor/used": shorter(last.get("anchor/used")),
-            "evaluations": [{key: shorter(row[key]) for key in kept} for row in rows if "eval/accuracy" in row],
-            "series": series}
+
+def summary(path):
+    """What is kept of a metrics.jsonl: evaluations, series with one number a step, and where they ended."""
+
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    evaluations = [short(row, "step", "tokens/sampled", "eval/accuracy", "eval/greedy")
+                   for row in rows if "eval/accuracy" in row]
+    series = {}
+    for key in ("tokens/sampled", "anchor/fraction", "frac_reward_zero_std", "reward"):
+        series[key] = [short(row, key)[key] for row in rows if row["step"]]
+    return {"steps": rows[-1]["step"], **short(rows[-1], "tokens/sampled", "anchor/shown", "anchor/used"),
+            "evaluations": evaluations, "series": series}
 
 
 def git_commit():
     """The commit that runs, with -dirty behind it where a file differs; "unknown" outside of a clone."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    command = "git describe --always --dirty --exclude=* --abbrev=12".split()
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
-def run_all(todo, output, jobs):
-    """Run `todo`, at most `jobs` side by side, each as soon as what it needs has ended. Returns the number of runs
-    that failed or could not start because one that they need failed."""
-    (output / "results").mkdir(parents=True, exist_ok=True)
-    waiting, active, missing, failed = list(todo), {}, {run.name for run in todo}, 0
-    left, done, seconds = sum(map(expected_cost, todo)), 0, 0.0
-    with ThreadPoolExecutor(jobs) as pool:
-        while waiting or active:
-            ready = [run for run in waiting if missing.isdisjoint(run.needs)]
-            for run in ready[:jobs - len(active)]:
-                waiting.remove(run)
-                active[pool.submit(execute, run, output, jobs)] = run
-            if not active:
-                break
-            for future in wait(active, return_when=FIRST_COMPLETED).done:
-                run = active.pop(future)
-                result, error = future.result()
-                left -= expected_cost(run)
-                if error:
-                    failed += 1
-                    print(f"{run.name} FAILED\n    " + "\n    ".join(error.strip().splitlines()[-6:]), flush=True)
-                    continue
-                missing.discard(run.name)
-                done, seconds = done + expected_cost(run), seconds + result["seconds"]
-                number = len(todo) - len(waiting) - len(active)
-                print(f"[{number:>3}/{len(todo)}] {line(run, result)}  ETA {clock(left * seconds / done / jobs)}",
-                      flush=True)
-    for run in waiting:
-        print(f"{run.name} not started: it needs {' and '.join(sorted(missing & set(run.needs)))}")
-    return failed + len(waiting)
+def run_all(todo, output, results, jobs, call=call):
+    """Run `todo` with `call`, at most `jobs` side by side; returns how many failed or could not start."""
+    results.mkdir(parents=True, exist_ok=True)
+    error = make_data(todo, output, call)
+    if error:
+        print(f"the problems could not be made\n{error}")
+        return len(todo)
 
+    def attempt(trial):
+        error = execute(trial, output, results, jobs, call)
+        text = f"FAILED\n{error}"
+        if not error:
+            text = f"sampled accuracy {final(read_result(results / f'{trial.name}.json')):6.1%}"
+        print(f"{trial.name:<24} {text}", flush=True)
+        return bool(error)
 
-def expected_cost(run):
-    """Relative length of a run, for the time left: tokens grow with L, and with what a budget allows."""
-    return run.length * max(run.budget, 1)
-
-
-def clock(seconds):
-    """clock(3725.0) == "1:02:05"."""
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-
-
-def line(run, result):
-    return (f"{run.name:<24} greedy {final(result, 'eval/greedy'):6.1%}  sampled {final(result):6.1%}  "
-            f"{result['tokens/sampled']:>9,} tokens  {result['steps']:>4} steps  {result['seconds']:5.0f} s")
+    with ThreadPoolExecutor(jobs) as pool:  # a wave: what needs nothing, what needs one, two others
+        waves = itertools.groupby(todo, key=lambda trial: len(trial.needs))
+        return sum(error for _, wave in waves for error in pool.map(attempt, wave))
 
 
 # ---------------------------------------------------------------- results
@@ -312,14 +282,8 @@ def first(result, key="eval/accuracy"):
 
 
 def tokens_to(result, target=TARGET, key="tokens/sampled"):
-    """Sampled tokens (or, by `key`, steps) at which the held-out sampled accuracy first reaches `target`, linear
-    between evaluations; infinity if it never does.
-
-    >>> tokens_to({"evaluations": [{"tokens/sampled": 0, "eval/accuracy": 0.0},
-    ...                            {"tokens/sampled": 100, "eval/accuracy": 0.4},
-    ...                            {"tokens/sampled": 300, "eval/accuracy": 0.9}]})
-    260.0
-    """
+    """Sampled tokens (by `key`: steps) at which held-out sampled accuracy first reaches `target`, linear
+    between evaluations; infinity if it never does."""
     before = None
     for row in result["evaluations"]:
         tokens, accuracy = row[key], row["eval/accuracy"]
@@ -334,27 +298,23 @@ def tokens_to(result, target=TARGET, key="tokens/sampled"):
 
 def medians_by_length(results, task, method, key="tokens/sampled"):
     """{L: median of the tokens (or steps) to 80% over seeds}; infinite where most seeds never arrive."""
-    lengths = sorted({r["length"] for r in results if (r["task"], r["method"]) == (task, method)})
-    return {length: statistics.median(tokens_to(r, key=key) for r in select(results, task, length, method))
-            for length in lengths}
+    values = {}
+    for r in sorted(results, key=lambda r: r["length"]):
+        if (r["task"], r["method"]) == (task, method):
+            values.setdefault(r["length"], []).append(tokens_to(r, key=key))
+    return {length: statistics.median(found) for length, found in values.items()}
 
 
-def exponent(tokens_by_length, shortest=4, longest=16):
-    """Slope of log tokens against log L by least squares, lengths below `shortest` left out: infinite where a length
-    never arrives, None with fewer than three lengths.
-
-    >>> round(exponent({2: 1.0, 4: 32.0, 9: 108.0, 16: 256.0}), 6)      # 4 L^1.5 from L = 4 on
-    1.5
-    """
-    points = [(length, tokens) for length, tokens in tokens_by_length.items() if shortest <= length <= longest]
-    if len(points) < 3:
-        return None
-    if math.inf in (tokens for _, tokens in points):
-        return math.inf
-    return statistics.linear_regression(*([math.log(x) for x in column] for column in zip(*points))).slope
+def exponent(tokens_by_length):
+    """Slope of log tokens against log L by least squares from L = 4 on: infinite where a length never
+    arrives, None with fewer than three lengths."""
+    points = {length: tokens for length, tokens in tokens_by_length.items() if length >= 4}
+    if len(points) < 3 or math.inf in points.values():
+        return None if len(points) < 3 else math.inf
+    return statistics.linear_regression([*map(math.log, points)], [*map(math.log, points.values())]).slope
 
 
-# ---------------------------------------------------------------- the table
+# ---------------------------------------------------------------- tables
 
 
 def percent(value):
@@ -363,6 +323,10 @@ def percent(value):
 
 def count(value):
     return "never" if value == math.inf else f"{value:,.0f}"
+
+
+def power(slope):
+    return "-" if slope is None else "a length never arrives" if slope == math.inf else f"L^{slope:.2f}"
 
 
 def spread(values, form):
@@ -374,6 +338,11 @@ def spread(values, form):
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
+def markdown(heads, rows):
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])
+
+
 COLUMNS = (  # (head, what of a result, how it is written)
     ("sampled", final, percent), ("greedy", lambda r: final(r, "eval/greedy"), percent),
     ("tokens sampled", lambda r: r["tokens/sampled"], count), (f"tokens to {TARGET:.0%}", tokens_to, count),
@@ -383,38 +352,33 @@ COLUMNS = (  # (head, what of a result, how it is written)
 
 def method_table(results, task, methods):
     """Markdown: a row per method with median and range over seeds; the base model of the same runs first."""
-    heads = ["method", "seeds", *(head for head, *_ in COLUMNS)]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = []
     bases = select(results, task, TASKS[task], "bread")
     if bases:
-        cells = [spread([first(r, key) for r in bases], percent) for key in ("eval/accuracy", "eval/greedy")]
-        lines.append(f"| base model | {len(bases)} | " + " | ".join(cells + ["-"] * (len(COLUMNS) - 2)) + " |")
+        greedy = [first(r, "eval/greedy") for r in bases]
+        cells = [spread(map(first, bases), percent), spread(greedy, percent), *"-----"]
+        rows.append(["base model", len(bases), *cells])
     for method in methods:
-        runs = select(results, task, TASKS[task], method)
-        if runs:
-            cells = [spread([value(r) for r in runs], form) for _, value, form in COLUMNS]
-            lines.append(f"| {table_label(method)} | {len(runs)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) if len(lines) > 2 else "No results."
-
-
-def table_label(method):
-    return LABELS[method] + (", always" if method.endswith("-always") else "")
+        found = select(results, task, TASKS[task], method)
+        if found:
+            cells = [spread(map(value, found), form) for _, value, form in COLUMNS]
+            rows.append([LABELS[method], len(found), *cells])
+    return markdown(["method", "seeds", *(head for head, *_ in COLUMNS)], rows) if rows else "No results."
 
 
 def length_table(results, task):
     """Markdown: tokens to 80% of BREAD and GRPO by L, and their ratio."""
-    bread, grpo = (medians_by_length(results, task, method) for method in ("bread", "grpo"))
-    lines = [f"| L | base, sampled | after SFT | BREAD, tokens to {TARGET:.0%} | in steps "
-             f"| GRPO, tokens to {TARGET:.0%} | its budget | GRPO / BREAD |", "|---" * 8 + "|"]
-    for length in bread:
-        ours, theirs = (select(results, task, length, method) for method in ("bread", "grpo"))
-        after = select(results, task, length, "sft")
-        cells = [spread(map(first, ours), percent), spread(map(final, after), percent),
-                 spread(map(tokens_to, ours), count), spread([tokens_to(r, key="step") for r in ours], count),
-                 spread(map(tokens_to, theirs), count), spread([r["tokens/sampled"] for r in theirs], count),
-                 ratio_text(results, task, bread, grpo, length)]
-        lines.append(f"| {length} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = []
+    for length in medians_by_length(results, task, "bread"):
+        ours, theirs, after = (select(results, task, length, method) for method in ("bread", "grpo", "sft"))
+        steps = [tokens_to(r, key="step") for r in ours]
+        budgets = [r["tokens/sampled"] for r in theirs]
+        rows.append([length, spread(map(first, ours), percent), spread(map(final, after), percent),
+                     spread(map(tokens_to, ours), count), spread(steps, count),
+                     spread(map(tokens_to, theirs), count), spread(budgets, count),
+                     ratio_text(results, task, length)])
+    return markdown(["L", "base, sampled", "after SFT", f"BREAD, tokens to {TARGET:.0%}", "in steps",
+                     f"GRPO, tokens to {TARGET:.0%}", "its budget", "GRPO / BREAD"], rows)
 
 
 def growth_text(results):
@@ -426,25 +390,22 @@ def growth_text(results):
     return f"BREAD to {TARGET:.0%} from L = 4 on, least squares on medians: {'; '.join(found)}."
 
 
-def power(slope):
-    return "-" if slope is None else "a length never arrives" if slope == math.inf else f"L^{slope:.2f}"
-
-
-def ratio_text(results, task, bread, grpo, length):
-    """How many times BREAD's tokens GRPO needs; where it never arrives, at least its budget over BREAD's tokens."""
-    if length not in grpo or bread[length] in (0, math.inf):
+def ratio_text(results, task, length):
+    """How many times BREAD's tokens GRPO needs; if it never arrives, at least its budget over them."""
+    ours, theirs = (medians_by_length(results, task, method).get(length) for method in ("bread", "grpo"))
+    if theirs is None or ours in (0, math.inf):
         return "-"
-    if grpo[length] < math.inf:
-        return f"{grpo[length] / bread[length]:.2f}"
+    if theirs < math.inf:
+        return f"{theirs / ours:.2f}"
     budget = statistics.median(r["tokens/sampled"] for r in select(results, task, length, "grpo"))
-    return f"> {budget / bread[length]:.2f}"
+    return f"> {budget / ours:.2f}"
 
 
 # ---------------------------------------------------------------- the claims
 
 
 def verdicts(results):
-    """[(claim, True, False or None where runs are missing, its numbers)], in the order of the issue's "To reach"."""
+    """[(claim, True, False or None where runs are missing, its numbers)]."""
     found = [unsolvable(results, task) for task in TASKS]
     found += [cheaper(results, task) for task in TASKS] + [spoiled(results)]
     found += [few_traces(results, task) for task in TASKS] + [growth(results), search_first(results)]
@@ -453,9 +414,12 @@ def verdicts(results):
 
 
 def unsolvable(results, task):
-    medians = {method: [final(r) for r in select(results, task, TASKS[task], method)] for method, *_ in HEADLINE}
-    medians = {method: statistics.median(values) for method, values in medians.items() if values}
     claim = f"{task}: BREAD reaches at least 90%, GRPO, resample, SFT, SFT then GRPO at most 5%"
+    medians = {}
+    for method, *_ in HEADLINE:
+        found = select(results, task, TASKS[task], method)
+        if found:
+            medians[method] = statistics.median(map(final, found))
     numbers = ", ".join(f"{LABELS[method]} {value:.1%}" for method, value in medians.items())
     if len(medians) < len(HEADLINE):
         return claim, None, numbers
@@ -463,12 +427,12 @@ def unsolvable(results, task):
 
 
 def cheaper(results, task):
-    """At the longest L at which GRPO arrives too. Where it hardly has anything to search for, BREAD cannot gain."""
+    """At the longest L at which GRPO arrives. Where it hardly has to search, BREAD cannot gain."""
     bread, grpo = (medians_by_length(results, task, method) for method in ("bread", "grpo"))
     claim = (f"{task}: where GRPO works too, BREAD needs at least 3x fewer sampled tokens to {TARGET:.0%} "
              "(longest such L)")
-    numbers = ", ".join(f"L = {length}: {ratio_text(results, task, bread, grpo, length)}" for length in bread)
-    both = [length for length in bread if max(bread[length], grpo.get(length, math.inf)) < math.inf and bread[length]]
+    numbers = ", ".join(f"L = {length}: {ratio_text(results, task, length)}" for length in bread)
+    both = [n for n in bread if bread[n] and max(bread[n], grpo.get(n, math.inf)) < math.inf]
     if not (has_all_lengths(task, bread) and has_all_lengths(task, grpo)):
         return claim, None, numbers
     if not both:
@@ -476,18 +440,17 @@ def cheaper(results, task):
     return claim, grpo[max(both)] / bread[max(both)] >= 3, f"GRPO arrives up to L = {max(both)}. {numbers}"
 
 
-def spoiled(results, length=2):
-    """At L = 2 the base is right in the 40% of its answers that do not jump. The paper saw the like on Qwen2.5."""
-    ours, after = (select(results, "chain", length, method) for method in ("bread", "sft"))
-    claim = f"SFT on the expert's traces lowers the accuracy of a base that is right sometimes (chain, L = {length})"
+def spoiled(results):
+    """At L = 2 the base is right in the 40% of its answers that do not jump. The paper saw it on Qwen2.5."""
+    ours, after = (select(results, "chain", 2, method) for method in ("bread", "sft"))
+    claim = "SFT on the expert's traces lowers the accuracy of a base that is right sometimes (chain, L = 2)"
     numbers = f"base {spread(map(first, ours), percent)}, after SFT {spread(map(final, after), percent)}"
-    if not (ours and after):
-        return claim, None, numbers
-    return claim, max(map(final, after)) < min(map(first, ours)), numbers
+    holds = max(map(final, after)) < min(map(first, ours)) if ours and after else None
+    return claim, holds, numbers
 
 
 def few_traces(results, task):
-    shown = [r["anchor/shown"] for r in select(results, task, TASKS[task], "bread") if r["anchor/shown"] is not None]
+    shown = [r["anchor/shown"] for r in select(results, task, TASKS[task], "bread")]
     claim = f"{task}: BREAD is shown at most 40% of the expert's tokens, probes included"
     return claim, statistics.median(shown) <= 0.4 if shown else None, spread(shown, percent)
 
@@ -504,46 +467,48 @@ def has_all_lengths(task, medians):
 
 
 def search_first(results):
-    """A policy is ahead where its median is better than the best seed of the search, in accuracy or in tokens."""
-    def runs(method):
-        return select(results, "chain", TASKS["chain"], method)
+    """A policy is ahead if its median is better than the search's best seed, in accuracy or in tokens."""
+    def text_of(trials):
+        tokens = spread(map(tokens_to, trials), count)
+        return f"{spread(map(final, trials), percent)}, {tokens} tokens to {TARGET:.0%}"
 
-    policies = [method for method, _, _, flags, _ in CONTROLS if "--anchor " in flags]
     claim = "No other anchor policy is ahead of the search beyond its spread (chain)"
-    measured = [method for method in policies if runs(method)]
-    if not runs("bread") or not measured:
+    found = {method: select(results, "chain", TASKS["chain"], method) for method, *_ in WHERE_FAILED + ALWAYS}
+    measured = {method: trials for method, trials in found.items() if trials}
+    search = select(results, "chain", TASKS["chain"], "bread")
+    if not search or not measured:
         return claim, None, "-"
-    best, fastest = max(map(final, runs("bread"))), min(map(tokens_to, runs("bread")))
-    ahead = [f"{table_label(method)}: {spread(map(final, runs(method)), percent)}, "
-             f"{spread(map(tokens_to, runs(method)), count)} tokens to {TARGET:.0%}" for method in measured
-             if statistics.median(map(final, runs(method))) > best
-             or statistics.median(map(tokens_to, runs(method))) < fastest]
-    numbers = (f"search {spread(map(final, runs('bread')), percent)}, "
-               f"{spread(map(tokens_to, runs('bread')), count)} tokens to {TARGET:.0%}; "
-               f"{len(ahead)} of {len(measured)} policies ahead" + "".join(f"; {text}" for text in ahead))
-    return claim, False if ahead else True if len(measured) == len(policies) else None, numbers
+    ahead = []
+    for method, trials in measured.items():
+        if (statistics.median(map(final, trials)) > max(map(final, search))
+                or statistics.median(map(tokens_to, trials)) < min(map(tokens_to, search))):
+            ahead.append(f"; {LABELS[method]}: {text_of(trials)}")
+    numbers = f"search {text_of(search)}; {len(ahead)} of {len(measured)} policies ahead" + "".join(ahead)
+    return claim, False if ahead else True if len(measured) == len(found) else None, numbers
 
 
-def duration(results, runs, limit, claim):
+def duration(results, trials, limit, claim):
     """Sum of the runs' seconds, each divided by the number of processes that it ran beside."""
-    times = {(r["task"], r["length"], r["method"], r["seed"]): r["seconds"] / r["jobs"] for r in results}
-    measured = [times[key] for key in ((r.task, r.length, r.method, r.seed) for r in runs) if key in times]
-    numbers = f"{sum(measured) / 60:.0f} minutes, {len(measured)} of {len(runs)} runs"
-    return claim, sum(measured) <= limit if len(measured) == len(runs) else None, numbers
+    names = {trial.name for trial in trials}
+    seconds = [r["seconds"] / r["jobs"] for r in results
+               if f"{r['task']}{r['length']}-{r['method']}-{r['seed']}" in names]
+    numbers = f"{sum(seconds) / 60:.0f} minutes, {len(seconds)} of {len(trials)} runs"
+    return claim, sum(seconds) <= limit if len(seconds) == len(trials) else None, numbers
 
 
 def tables(results):
     """{name: Markdown} of everything that docs/RESULTS.md says in numbers."""
     words = {True: "holds", False: "does not hold", None: "not measured"}
-    claims = [f"| {claim} | {words[holds]} | {numbers or '-'} |" for claim, holds, numbers in verdicts(results)]
-    made = {key: ", ".join(sorted({str(r[key]) for r in results})) for key in ("commit", "torch", "python", "cores")}
-    source = f"Median (range over seeds). {len(results)} runs; " + "; ".join(
-        f"{key} {value}" for key, value in made.items()) + "."
-    headline = [f"{task}, L = {length}:\n\n" + method_table(results, task, [method for method, *_ in HEADLINE])
+    claims = [(claim, words[holds], numbers or "-") for claim, holds, numbers in verdicts(results)]
+    source = f"\n\nMedian (range over seeds). {len(results)} runs"
+    for key in ("commit", "torch", "python", "cores"):
+        source += f"; {key} " + ", ".join(sorted({str(r[key]) for r in results}))
+    methods = [method for method, *_ in HEADLINE]
+    headline = [f"{task}, L = {length}:\n\n" + method_table(results, task, methods)
                 for task, length in TASKS.items()]
     lengths = [f"{task}:\n\n" + length_table(results, task) for task in LENGTHS] + [growth_text(results)]
     controls = ["bread", "grpo"] + [method for method, *_ in CONTROLS]
-    return {"claims": "\n".join(["| claim | | numbers |\n|---|---|---|", *claims, "", source]),
+    return {"claims": markdown(["claim", "verdict", "numbers"], claims) + source + ".",
             "headline": "\n\n".join(headline), "lengths": "\n\n".join(lengths),
             "controls": method_table(results, "chain", controls)}
 
@@ -552,45 +517,31 @@ def fill_in(path, results):
     """Write every table into a Markdown file, between `<!-- NAME -->` and `<!-- end -->`."""
     text = path.read_text(encoding="utf-8")
     for name, table in tables(results).items():
-        text = re.sub(rf"(<!-- {name} -->\n).*?(?=<!-- end -->)", lambda found: f"{found[1]}\n{table}\n\n", text,
-                      flags=re.DOTALL)
+        text = re.sub(rf"(<!-- {name} -->\n).*?(?=<!-- end -->)", lambda found: f"{found[1]}\n{table}\n\n",
+                      text, flags=re.DOTALL)
     path.write_text(text, encoding="utf-8")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--output", type=Path, default=Path("runs/claims"))
-    parser.add_argument("--results", type=Path, help="--table: folder of JSON files (default: OUTPUT/results)")
+    parser.add_argument("--output", type=Path, default=Path("runs/claims"), help="of the runs and their data")
+    parser.add_argument("--results", type=Path, help="folder of the JSON files (default: OUTPUT/results)")
     parser.add_argument("--quick", action="store_true", help="one seed of the chain's headline rows")
-    parser.add_argument("--only", default="", metavar="REGEX", help="runs whose name matches, and what they need")
+    parser.add_argument("--only", default="", metavar="REGEX", help="such names, and what they need")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
-    parser.add_argument("--list", action="store_true", help="print the runs that are missing, and their commands")
     parser.add_argument("--table", action="store_true", help="print Markdown from the results, run nothing")
     parser.add_argument("--into", type=Path, metavar="FILE", help="--table: write it into this Markdown file")
     args = parser.parse_args()
-    if args.jobs < 1:
-        parser.error(f"--jobs is {args.jobs}, it must be at least 1")
+    output = args.output.resolve()
+    folder = (args.results or output / "results").resolve()
     if args.table:
-        folder = args.results or args.output / "results"
         results = read_results(folder)
         if not results:
             parser.error(f"no *.json in {folder}; run the matrix first, or give the folder as --results")
         return fill_in(args.into, results) if args.into else print("\n\n".join(tables(results).values()))
-    runs, output = matrix(args.quick), args.output.resolve()
-    todo = to_do(runs, output, args.only)
-    if args.list:
-        for run in todo:
-            print(f"{run.name}: python bread.py {' '.join(flags_of(run, args.output))}")
-        print(f"{len(todo)} of {len(runs)} runs are missing" if not args.only else f"{len(todo)} runs")
-        return None
-    if not todo:
-        print("no run is missing; --table prints the results")
-        return 0
-    try:
-        return 1 if run_all(todo, output, args.jobs) else 0
-    except KeyboardInterrupt:  # Ctrl-C reaches the runs as well, which end after their step
-        print("interrupted; the same command goes on from here")
-        return 130
+    todo = to_do(matrix(args.quick), output, folder, args.only)
+    print(f"{len(todo)} runs", flush=True)
+    return 1 if run_all(todo, output, folder, args.jobs) else 0
 
 
 if __name__ == "__main__":
