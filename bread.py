@@ -112,7 +112,7 @@ class Policy:
         self.model = plain.Transformer.from_pretrained(weights, device, dtype, recompute=config.recompute)
         self.reference = plain.Transformer.from_pretrained(config.model, device, dtype) if config.kl else None
         self.ops = None  # plain PyTorch
-        # The kernels' tiles want head sizes that are powers of two; other models run on plain PyTorch.
+        # The kernels' tiles want head sizes that are powers of two.
         if device.type == "cuda" and self.model.config.head_dim in (16, 32, 64, 128, 256):
             import kernels  # needs triton, which a CPU run does not
             self.ops = kernels
@@ -204,8 +204,8 @@ def train(config):
     log.closing(folder, state, is_example=config.model == str(EXAMPLE / "model"))
     ranks.leave()
     if is_stuck:
-        raise FloatingPointError(f"{optimizer.skipped_in_a_row} updates in a row had a loss or gradient that is "
-                              "not finite; the run is saved as it was before them: lower --lr")
+        raise FloatingPointError(f"{optimizer.skipped_in_a_row} updates in a row had a loss or gradient that "
+                                 "is not finite; the run is saved as it was before them: lower --lr")
     return 128 + ranks.signal if ranks.signal else 0
 
 

@@ -1,16 +1,16 @@
 """A Llama / Qwen decoder: configuration, RoPE, forward pass, Hugging Face folders, plain log-prob head.
 
 Supported are Llama 2 / 3 / 3.1 / 3.2, Qwen2 / 2.5, Qwen3, and Mistral without sliding window. Whatever else
-a folder asks for (mixture of experts, quantised weights, remote code, an unknown RoPE) is refused by name.
+a folder asks for is refused by name: better no model than a wrong one.
 
 Dimension key, used as a suffix of tensor names:
     B batch    T tokens of a row    N rows of a flat batch    n rows of a chunk    D hidden size
     V vocabulary    H query heads    K key/value heads    C size of one head    R = C / 2 frequencies
 """
-import dataclasses
 import json
 import math
 import shutil
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,13 +36,9 @@ COMPANION_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config
 CHUNK_BYTES = 2**26  # of logits in the log-prob head: 110 rows of 151,936 tokens, in float32
 
 
-# ---------------------------------------------------------------- configuration
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class ModelConfig:
-    """What of config.json decides the arithmetic, under its own names. `rope_parameters` has `rope_type` and
-    `rope_theta`, whether the file is of transformers 4 (`rope_theta`, `rope_scaling`) or of 5."""
+    """What of config.json decides the arithmetic, under its own names; RoPE in the form of transformers 5."""
     model_type: str
     vocab_size: int
     hidden_size: int
@@ -56,8 +52,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False  # on q, k, v and o; qwen2 has them on q, k and v, whatever this says
     mlp_bias: bool = False
-    rope_parameters: dict = dataclasses.field(
-        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    rope_parameters: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
 
     @classmethod
     def from_dict(cls, raw):
@@ -71,42 +66,35 @@ class ModelConfig:
             raise ValueError(f"config.json: {heads} query heads need key/value heads whose number divides "
                              f"theirs and whose size is even, not {kv_heads} and {head_dim}")
         return cls(
-            model_type=kind,
+            model_type=kind, num_key_value_heads=kv_heads, head_dim=head_dim,
             **{name: raw[name] for name in SIZES},
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
-            # The other types have no such fields: transformers ignores them there, and so do we.
             attention_bias=kind in ("llama", "qwen3") and bool(raw.get("attention_bias")),
-            mlp_bias=kind == "llama" and bool(raw.get("mlp_bias")),
-            rope_parameters=read_rope(raw),
-        )
+            mlp_bias=kind == "llama" and bool(raw.get("mlp_bias")),  # transformers ignores it in other types
+            rope_parameters=read_rope(raw))
 
 
 def refuse_unsupported(raw):
-    """Raise ValueError for whatever this file does not compute exactly: better no model than a wrong one."""
+    """Raise ValueError for whatever this file does not compute exactly."""
     kind = raw.get("model_type")
     wrong = {name: raw.get(name) for name in SIZES if not isinstance(raw.get(name), int) or raw[name] < 1}
     slides = "sliding_attention" in (raw.get("layer_types") or ())
     if kind == "mistral":
         slides |= raw.get("sliding_window", 4096) is not None  # absent means transformers' default
-    elif raw.get("use_sliding_window"):
-        # Layers from this number on would slide.
+    elif raw.get("use_sliding_window"):  # then layers from max_window_layers on slide
         slides |= raw.get("max_window_layers", 28) < (raw.get("num_hidden_layers") or 0)
-    checks = [
-        (raw.get("auto_map"), "auto_map asks for code from the checkpoint, which is never run"),
-        (kind not in MODEL_TYPES, f"model_type {kind!r} is not supported ({', '.join(MODEL_TYPES)} are)"),
-        (raw.get("quantization_config") or raw.get("quantization"),
-         "quantised weights are not supported; use the bf16, fp16 or fp32 checkpoint of this model"),
-        (slides, "sliding-window attention is not supported; \"sliding_window\": null and "
-                 "\"use_sliding_window\": false ask for full attention"),
-        (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r} is not silu"),
-        (wrong, f"positive integers expected, not {wrong}"),
-    ]
-    for is_wrong, message in checks:
+    is_quantised = raw.get("quantization_config") or raw.get("quantization")
+    refusals = {
+        "auto_map asks for code from the checkpoint, which is never run": raw.get("auto_map"),
+        f"model_type {kind!r} is not supported ({', '.join(MODEL_TYPES)} are)": kind not in MODEL_TYPES,
+        "quantised weights are not supported; use the model's bf16, fp16 or fp32 checkpoint": is_quantised,
+        'no sliding-window attention here: type "sliding_window": null, "use_sliding_window": false': slides,
+        f"hidden_act {raw.get('hidden_act')!r} is not silu": raw.get("hidden_act", "silu") != "silu",
+        f"positive integers expected, not {wrong}": wrong}
+    for text, is_wrong in refusals.items():
         if is_wrong:
-            raise ValueError(f"config.json: {message}")
+            raise ValueError(f"config.json: {text}")
 
 
 def read_rope(raw):
@@ -118,10 +106,9 @@ def read_rope(raw):
     if theta is None and parameters.get("rope_theta"):
         raise ValueError("config.json: rope_scaling replaces rope_parameters, and with it the only "
                          "rope_theta; write rope_theta at the top level too")
-    rope["rope_theta"] = float(theta or 10000)
     old_name = rope.pop("type", None)
     kind = rope.get("rope_type") or old_name or "default"
-    rope["rope_type"] = kind
+    rope |= {"rope_type": kind, "rope_theta": float(theta or 10000)}
     partial = rope.pop("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     unknown = sorted(rope.keys() - ROPE_SETTINGS)
     if kind not in ROPE_TYPES or unknown or partial != 1.0:
@@ -138,15 +125,11 @@ def read_rope(raw):
     return rope
 
 
-# ---------------------------------------------------------------- rotary positions
-
-
 def rope_frequencies(config):
     """Rotation frequencies in radians per position, and the factor on cos and sin: (frequencies_R, scale).
 
     Plain RoPE (arXiv 2104.09864) is f_i = theta^(-2i/C). For longer contexts linear and llama3 divide (some)
-    frequencies by `factor`; yarn (arXiv 2309.00071) blends the two; "dynamic" is plain RoPE inside the
-    model's window, and beyond it the model refuses to run.
+    frequencies by `factor`; yarn (arXiv 2309.00071) blends the two; "dynamic" is plain in its window.
     """
     rope, size = config.rope_parameters, config.head_dim
     theta, kind = rope["rope_theta"], rope["rope_type"]
@@ -182,19 +165,11 @@ def rotate(x_BTHC, cos_BT1C, sin_BT1C):
     return torch.addcmul(x_BTHC * cos_BT1C, x_BTHC.roll(x_BTHC.shape[-1] // 2, -1), sin_BT1C)
 
 
-# ---------------------------------------------------------------- the decoder
-
-
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) in float32, cast down, then times the weight (in this order: it matters in bf16)."""
 
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
     def forward(self, x):
-        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        return self.weight * F.rms_norm(x, self.normalized_shape, eps=self.eps)
 
 
 class Linear(nn.Linear):
@@ -224,8 +199,7 @@ class Attention(nn.Module):
         H, K = config.num_attention_heads, config.num_key_value_heads
         self.layer = layer
         self.heads = H, K
-        has_bias = config.attention_bias or config.model_type == "qwen2"
-        self.qkv_proj = Linear(D, (H + 2 * K) * C, has_bias)
+        self.qkv_proj = Linear(D, (H + 2 * K) * C, config.attention_bias or config.model_type == "qwen2")
         self.qkv_proj.parts = {"q_proj": H * C, "k_proj": K * C, "v_proj": K * C}
         self.o_proj = Linear(H * C, D, bias=config.attention_bias)
         self.has_norms = config.model_type == "qwen3"
@@ -241,7 +215,6 @@ class Attention(nn.Module):
         if self.has_norms:
             weight_HC = torch.cat((self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(K, -1)))
             qk_BTHC = weight_HC * F.rms_norm(qk_BTHC, qk_BTHC.shape[-1:], eps=self.q_norm.eps)
-        # Heads before tokens, as attention reads them.
         qk_BHTC = rotate(qk_BTHC, cos_BT1C, sin_BT1C).transpose(1, 2)
         q_BHTC, k_BKTC = qk_BHTC.split((H, K), 1)
         v_BKTC = v_BTKC.transpose(1, 2)
@@ -281,17 +254,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model: token ids -> hidden states; `logits` is a second, separate call.
-
-    source: the parsed config.json, written back on saving, fields that this file does not know included.
-    recompute: make a block's activations again in the backward pass instead of keeping them.
-    """
+    """A decoder-only language model: token ids -> hidden states; `logits` is a second, separate call."""
 
     def __init__(self, config, source=None, recompute=False):
         super().__init__()
         self.config = config
-        self.source = source or {}
-        self.recompute = recompute
+        self.source = source or {}  # the parsed config.json, saved with all fields that we do not know
+        self.recompute = recompute  # a block's activations in the backward pass, instead of keeping them
         self.folder = None  # where from_pretrained read it; never saved to
         self.model = nn.ModuleDict({  # so named because checkpoints call their tensors "model.layers.0..."
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -300,15 +269,13 @@ class Transformer(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:  # one matrix, read as (token -> D) and as (D -> token)
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.frequencies_R = None  # filled at first use, on the device of the input
-        self.rope_scale = 1.0
+        self.frequencies_R, self.rope_scale = rope_frequencies(config)
 
     def forward(self, tokens_BT, positions_BT=None, cache=None):
-        """tokens_BT -> hidden_BTD after the last norm.
+        """tokens_BT, at positions 0..T-1 if no others are given -> hidden_BTD after the last norm.
 
-        positions_BT defaults to 0..T-1. Without a cache attention is causal inside each row, so rows padded
-        on the RIGHT need no mask: no real token sees the padding. A cache is any object with `attend(layer,
-        q_BHTC, k_BKTC, v_BKTC) -> out_BHTC`; it sees rotated keys and decides who attends to whom.
+        Without a cache attention is causal inside each row: padding on the RIGHT needs no mask. A cache has
+        `attend(layer, q_BHTC, k_BKTC, v_BKTC) -> out_BHTC`, gets rotated keys and decides who sees whom.
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).unsqueeze(0)
@@ -323,13 +290,10 @@ class Transformer(nn.Module):
 
     def rope(self, positions_BT, dtype):
         """[cos | cos] and [-sin | sin] of every position's angles, as `rotate` uses them: (B, T, 1, C)."""
-        if self.frequencies_R is None or self.frequencies_R.device != positions_BT.device:
-            frequencies_R, self.rope_scale = rope_frequencies(self.config)
-            self.frequencies_R = frequencies_R.to(positions_BT.device)
-        # In float32 up to here: bf16 cannot tell position 257 from 256.
-        angles_BTR = positions_BT.unsqueeze(-1).float() * self.frequencies_R
-        window = self.config.max_position_embeddings
+        self.frequencies_R = self.frequencies_R.to(positions_BT.device)
+        angles_BTR = positions_BT.unsqueeze(-1).float() * self.frequencies_R  # bf16 has no position 257
         if self.config.rope_parameters["rope_type"] == "dynamic":
+            window = self.config.max_position_embeddings
             # The host does not wait for a GPU's positions (in a CUDA graph it could not): there, NaN says no.
             if positions_BT.device.type == "cpu" and positions_BT.max() >= window:
                 raise ValueError(f"rope_type 'dynamic' ends at max_position_embeddings ({window})")
@@ -342,8 +306,7 @@ class Transformer(nn.Module):
         """hidden_BTD -> float32 logits_BTV. Give it only positions whose logits are needed: V is large."""
         if hidden_BTD.is_cuda and hidden_BTD.dtype == torch.bfloat16 and not torch.is_grad_enabled():
             # A logit of 20 rounded to bf16 is off by up to 0.06, and with it the log-prob of what is sampled.
-            hidden_ND = hidden_BTD.flatten(0, -2)
-            logits_NV = torch.mm(hidden_ND, self.lm_head.weight.T, out_dtype=torch.float32)
+            logits_NV = torch.mm(hidden_BTD.flatten(0, -2), self.lm_head.weight.T, out_dtype=torch.float32)
             return logits_NV.view(*hidden_BTD.shape[:-1], -1)
         return self.lm_head(hidden_BTD).float()  # on a CPU models are float32: nothing is rounded
 
@@ -360,8 +323,7 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32, recompute=False):
-        """Load a Hugging Face folder: config.json and .safetensors files, converted to `dtype`. ValueError
-        lists every tensor that is missing, unexpected, misshapen, not finite or no float."""
+        """Load config.json and .safetensors files, converted to `dtype`; ValueError lists what is wrong."""
         path = Path(path)
         try:
             source = dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
@@ -386,8 +348,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{path}: the model was loaded from this folder; save it to another one")
         path.mkdir(parents=True, exist_ok=True)
         dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
-        text = json.dumps(config_dict(self, dtype), indent=2)
-        (path / "config.json").write_text(text + "\n", encoding="utf-8")
+        (path / "config.json").write_text(json.dumps(config_dict(self, dtype), indent=2) + "\n")
         write_weights(path, self)
         for name in COMPANION_FILES:
             if sources and (sources[0] / name).is_file():
@@ -400,50 +361,44 @@ class Transformer(nn.Module):
 def checkpoint_tensors(model):
     """{name in checkpoints: tensor}; parts of a fused product are views of its rows, a tied head is none."""
     tensors = {}
-    for path, module in model.named_modules():
-        for kind in ("weight", "bias"):
-            whole = getattr(module, kind, None)
-            if whole is None or (path == "lm_head" and model.config.tie_word_embeddings):
-                continue
-            parts = getattr(module, "parts", None)
-            if parts is None:
-                tensors[f"{path}.{kind}"] = whole.detach()
-            else:
-                parent = path.rpartition(".")[0]
-                for part, view in zip(parts, whole.detach().split(list(parts.values()))):
-                    tensors[f"{parent}.{part}.{kind}"] = view
+    for name, whole in model.named_parameters():  # a tied matrix comes once, as the embedding
+        *parents, last, kind = name.split(".")
+        module = model.get_submodule(".".join((*parents, last)))
+        parts = getattr(module, "parts", None) or {last: len(whole)}
+        for part, view in zip(parts, whole.detach().split(list(parts.values()))):
+            tensors[".".join((*parents, part, kind))] = view
     return tensors
 
 
-def weight_files(path):
-    """{file name: the tensors that the index says it holds, or None without an index} of a model folder."""
+def read_index(path):
+    """{tensor: name of its file} as the index of a sharded model folder says; {} of a folder without one."""
     index = path / "model.safetensors.index.json"
     if not index.is_file():
-        return {"model.safetensors": None}
-    files = {}
+        return {}
     try:
-        for tensor, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-            if Path(name).name != name:  # or an index could point anywhere on this machine
-                raise ValueError(name)
-            files.setdefault(name, set()).add(tensor)
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        for file in weight_map.values():
+            if Path(file).name != file:  # or an index could point anywhere on this machine
+                raise ValueError(file)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: no {{\"weight_map\": {{tensor: file in here}}}}: {error!r}") from None
-    return files
+    return weight_map
 
 
 def read_weights(path, model):
     """Fill a model from the files of a folder, checked name by name; ValueError lists all that is wrong."""
     expected = checkpoint_tensors(model)
+    index = read_index(path)
     found, wrong = {}, []
-    for file, indexed in weight_files(path).items():
+    for file in dict.fromkeys(index.values()) or ["model.safetensors"]:
         try:
             reader = safe_open(path / file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path / file}: no safetensors file ({error}); download it again (with git: "
                              "git lfs pull), or convert pickled weights: they are never read") from None
-        names = set(reader.keys())
-        wrong += [f"{name} is not in the shard that the index says" for name in names ^ (indexed or names)]
-        for name in names:
+        for name in reader.keys():
+            if index and index.get(name) != file:
+                wrong.append(f"{name} is not in the shard that the index says")
             if not name.endswith("rotary_emb.inv_freq"):  # a buffer of old Llama files, computed here instead
                 found[name] = reader.get_tensor(name)  # mapped, not read
     if model.config.tie_word_embeddings:  # then the head is a second name of the embedding, or not there
@@ -468,7 +423,7 @@ def read_weights(path, model):
 def config_dict(model, dtype):
     """config.json to write: the source's fields, the dtype, and RoPE in both forms, because transformers 4
     ignores `rope_parameters` and would silently use theta 10000."""
-    fields = dataclasses.asdict(model.config)
+    fields = asdict(model.config)
     rope = fields["rope_parameters"]
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     kind = model.config.model_type
@@ -484,46 +439,42 @@ def config_dict(model, dtype):
 def write_weights(path, model, max_shard_bytes=5 * 2**30):
     """Weights in one .safetensors file, or in shards with an index (5 GiB each, as transformers does)."""
     shards, room = [{}], max_shard_bytes
-    total = 0
     for name, tensor in checkpoint_tensors(model).items():
         if tensor.nbytes > room and shards[-1]:
             shards.append({})
             room = max_shard_bytes
         shards[-1][name] = tensor.cpu().contiguous()
         room -= tensor.nbytes
-        total += tensor.nbytes
     for stale in path.glob("model*.safetensors*"):  # an index left from another save would be believed
         stale.unlink()
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, path / file, metadata={"format": "pt"})
-        # safetensors leaves mode 0600, which a serving user could not read.
-        shutil.copymode(path / "config.json", path / file)
+        shutil.copymode(path / "config.json", path / file)  # else 0600, which no server could read
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
+        total = sum(parameter.nbytes for parameter in model.parameters())
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-        (path / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
+        (path / "model.safetensors.index.json").write_text(text + "\n")
 
 
 # ---------------------------------------------------------------- the log-prob head: plain twin of kernels/
 
 
 class ChunkedLogprob(torch.autograd.Function):
-    """log_softmax of a chunk of rows at a time; backward makes the probabilities of each chunk again.
-
-    Written out, for autograd adds up the weight's gradient in new tensors: at N = 2048, D = 896, V = 151936
-    this takes 770 MiB, torch.utils.checkpoint around each chunk 1717, log_softmax of all rows 3604.
-    """
+    """log_softmax of a chunk of rows at a time; backward makes the probabilities of each chunk again. At
+    N = 2048, D = 896, V = 151936 this takes 770 MiB, torch.utils.checkpoint around each chunk 1717 (autograd
+    adds up the weight's gradient in new tensors), log_softmax of all rows 3604."""
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N):
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
-        ctx.rows = max(1, CHUNK_BYTES // (4 * len(weight_VD)))
+        rows = max(1, CHUNK_BYTES // (4 * len(weight_VD)))
+        ctx.chunks = [slice(start, start + rows) for start in range(0, len(hidden_ND), rows)]
         logprobs_N = hidden_ND.new_empty(len(hidden_ND))
         entropies_N = hidden_ND.new_empty(len(hidden_ND))
-        for start in range(0, len(hidden_ND), ctx.rows):
-            chunk = slice(start, start + ctx.rows)
+        for chunk in ctx.chunks:
             all_nV = (hidden_ND[chunk] @ weight_VD.T).log_softmax(-1)
             logprobs_N[chunk] = all_nV.gather(1, targets_N[chunk].unsqueeze(1)).squeeze(1)
             entropies_N[chunk] = -torch.linalg.vecdot(all_nV.exp(), all_nV)
@@ -536,8 +487,7 @@ class ChunkedLogprob(torch.autograd.Function):
         hidden_ND, weight_VD, targets_N = ctx.saved_tensors
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD)
-        for start in range(0, len(hidden_ND), ctx.rows):
-            chunk = slice(start, start + ctx.rows)
+        for chunk in ctx.chunks:
             upstream_n1 = upstream_N[chunk].unsqueeze(1)
             # d logprob / d logit_v = 1[v == target] - p_v, here times the upstream gradient of the row
             grad_nV = (hidden_ND[chunk] @ weight_VD.T).softmax(-1).mul_(-upstream_n1)  # - p_v

@@ -63,6 +63,7 @@ def make_batches(rollouts, max_rows, weight_of, device):
             room = max_rows
         packs[-1].append((context, group))  # of like length, so that phase 1 is balanced
         room -= len(group)
+    # Whoever takes a pair runs its prefixes, its batches, and the prefixes' backward.
     for pack in packs:
         rows = []  # of a context the longest first, as `layout` wants them
         for i, (context, group) in enumerate(pack):

@@ -108,7 +108,7 @@ class Ranks:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.size > 1:
-            # A barrier, not a gather: gloo's thread may free the objects of the last one while Python shuts down.
+            # No gather: gloo's thread may free its objects while Python shuts down, and the process aborts.
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
             dist.destroy_process_group()
 

@@ -30,7 +30,7 @@ def mean(values):
 
 
 def ratio(part, whole):
-    return part / whole if whole else None
+    return part / whole if whole else None  # null in JSON
 
 
 def training_tokens(tokens):
@@ -48,6 +48,9 @@ def clock(seconds, phase):
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # else the tail of this phase's work would count in the next
         seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - began
+
+
+# ---------------------------------------------------------------- what a step adds up to
 
 
 def count_groups(groups):
@@ -77,6 +80,7 @@ def measure(config, batch, logprobs_N, entropies_N, is_first, sums):
     the trainer's log-probs are the old ones (truncated importance sampling: a sampler may round differently).
     """
     sampled_N = batch.expand([rollout.finish_reason != "expert" for rollout in batch.rollouts])
+    # Nobody sampled an expert's tokens, so no sampler can be far from them.
     log_ratio_N = sampled_N * (logprobs_N - batch.old_logprobs_N)
     if is_first:
         # From the second pass on the trainer itself has moved.
@@ -115,6 +119,9 @@ def step_metrics(sums):
         "clip_fraction": ratio(sums["clipped"], sums["scored"]),
         "sampler/logprob_gap": ratio(sums["gap"], sums["compared"]),
         "sampler/importance_weight": ratio(sums["importance"], sums["compared"])}
+
+
+# ---------------------------------------------------------------- for the reader, and for scripts
 
 
 class Log:

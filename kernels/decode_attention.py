@@ -172,7 +172,6 @@ def decode_attention(q_RHC, keys_RKSC, values_RKSC, lengths_R, trunk_keys_KNC, t
     K, S = keys_RKSC.shape[1:3]
     T, M = tiles.rows_TM.shape
     tile_lanes = max(16, triton.next_power_of_2(M * H // K))
-    row_lanes = max(16, triton.next_power_of_2(H // K))
     options = _launch_options(tile_lanes, C, q_RHC.dtype)
     prefix_splits = _num_splits((T + R) * K, tiles.max_prefix)
     own_splits = _num_splits((T + R) * K, S)
@@ -186,7 +185,7 @@ def decode_attention(q_RHC, keys_RKSC, values_RKSC, lengths_R, trunk_keys_KNC, t
             q_RHC.contiguous(), keys_RKSC, values_RKSC, lengths_R, trunk_keys_KNC, trunk_values_KNC,
             tiles.rows_TM, tiles.begins_T, tiles.lengths_T, acc_RHPC, max_RHP, sum_RHP,
             *keys_RKSC.stride()[:3], *trunk_keys_KNC.stride()[:2], T, prefix_splits, own_splits, c, H, K, C,
-            M, tile_lanes, row_lanes, **options, enable_fp_fusion=True)
+            M, tile_lanes, max(16, triton.next_power_of_2(H // K)), **options, enable_fp_fusion=True)
         _merge_kernel[(R, H)](
             acc_RHPC, max_RHP, sum_RHP, lengths_R, tiles.rows_TM, tiles.lengths_T, out_RHC, T * M,
             prefix_splits, own_splits, c, H, C, M, triton.next_power_of_2(max(1, T * M)),

@@ -10,11 +10,10 @@ Per row, with logits x_v = hidden . weight_v, temperature T and m = max_v x_v:
     dx_v    = g * (1[v == target] - exp(z_v - log s)) / T
     dhidden = sum_v dx_v weight_v,  dweight_v = sum_n dx_nv hidden_n
 
-All rows meet one slice of the vocabulary at a time: cuBLAS writes the tile of logits, a kernel folds it into
-m, s, t and takes the chosen logit. Where a tile raises the maximum from m to m', with d = (m - m') / T, the
-sums so far become s * exp(d) and exp(d) * (t + s * d). Both terms of the entropy are >= 0: nothing cancels. m
-and log s are kept apart, since their sum loses log s where |m| is large (at -1e30 all of it). Backward makes
-the tile again, turns it into dx and multiplies it from both sides.
+For one slice of the vocabulary after the other cuBLAS writes a tile of logits, and a kernel folds it into m,
+s, t. Where a tile raises the maximum from m to m', with d = (m - m') / T, the sums so far become s * exp(d)
+and exp(d) * (t + s * d). Both terms of the entropy are >= 0: nothing cancels. m and log s are kept apart: m +
+log s would lose log s where |m| is large. Backward makes the tile again and turns it into dx.
 
 Dimensions: N tokens (rows), D hidden size, V vocabulary, C columns of one tile.
 """
@@ -118,16 +117,15 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx, grad_logprobs_N, _grad_entropies_N):
         hidden_ND, weight_VD, targets_N, max_N, log_sum_N = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        N = len(hidden_ND)
         grad_N = grad_logprobs_N.contiguous()  # .sum().backward() expands one number to (N,), with stride 0
         is_half = hidden_ND.dtype == torch.bfloat16  # then the products take dx in bf16, as eager torch does
-        half_NC = hidden_ND.new_empty((N, ctx.slice_width)) if is_half else None
+        half_NC = hidden_ND.new_empty((len(hidden_ND), ctx.slice_width)) if is_half else None
         grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=torch.float32) if wants_hidden else None
         grad_weight_VD = torch.empty_like(weight_VD) if wants_weight else None
         for start, weight_CD, logits_NC in _logit_tiles(hidden_ND, weight_VD, ctx.slice_width):
             width = logits_NC.shape[1]
             dx_NC = half_NC[:, :width] if is_half else logits_NC
-            _gradient_kernel[(N, triton.cdiv(width, BLOCK_C))](
+            _gradient_kernel[(len(hidden_ND), triton.cdiv(width, BLOCK_C))](
                 logits_NC, dx_NC, targets_N, max_N, log_sum_N, grad_N, logits_NC.stride(0), dx_NC.stride(0),
                 start, width, 1.0 / ctx.temperature, BLOCK_C, **OPTIONS)
             if wants_weight:

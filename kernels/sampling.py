@@ -29,9 +29,8 @@ BLOCK_V = 4096  # 16 columns per thread of 8 warps
 
 @triton.jit
 def _uniform(key, position, cols):
-    # `uniform` of sampler.py in unsigned integers, whose >> is logical: splitmix64 of key and position, whose
-    # halves key a 32-bit hash of the token index ("lowbias32"). 64-bit operations wrap; the 32-bit ones say
-    # that they do, or TRITON_DEBUG=1 would stop there.
+    # `uniform` of sampler.py (splitmix64, then "lowbias32") in unsigned integers, whose >> is logical. 64-bit
+    # operations wrap; the 32-bit ones say that they do, or TRITON_DEBUG=1 would stop there.
     key = key.to(tl.uint64) + position.to(tl.int64).to(tl.uint64) * 0x9E3779B97F4A7C15
     key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9
     key = (key ^ (key >> 27)) * 0x94D049BB133111EB

@@ -21,9 +21,14 @@ SHOWN = FILES + sorted((ROOT / "bench").glob("*.py")) + sorted((ROOT / "examples
 EVERY_FILE = SHOWN + sorted((ROOT / "tests").rglob("*.py"))
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"kernels"}
 
-LINES = {"bread.py": 520, "config.py": 130, "model.py": 480, "sampler.py": 450, "packing.py": 170, "parallel.py": 190,
-         "traces.py": 320, "data.py": 220, "rewards.py": 250, "checkpoint.py": 230, "report.py": 240, "kernels": 600}
-SHIPPED_LINES = 3400  # 3,700 once data.py is there
+# The first design (bread 520, config 130, model 480, sampler 450, packing 170, parallel 190, report 240, kernels
+# 600; 3,400 together) left out of its drawing: in bread.py reading, resuming and what ranks tell each other (145
+# lines), in packing.py micro-batches, in config.py a user's functions, in parallel.py signals, and in model.py
+# that a head under a quarter of the memory takes 34 lines.
+LINES = {"bread.py": 650, "config.py": 162, "model.py": 510, "sampler.py": 475, "packing.py": 210,
+         "parallel.py": 220, "traces.py": 320, "data.py": 220, "rewards.py": 250, "checkpoint.py": 232,
+         "report.py": 262, "kernels": 530}
+SHIPPED_LINES = 3815  # 4,035 once data.py is there
 TEST_LINES = 4500
 BENCH_LINES = 1800
 
@@ -75,14 +80,14 @@ def test_tests_and_benchmarks_keep_their_budget(folder, most):
 
 @pytest.mark.parametrize("path", named(EVERY_FILE))
 def test_no_function_is_longer_than_50_lines(path):
-    """From `def` to the last line, docstring included; `train`, which is the paper's algorithm, at most 45."""
+    """From `def` to the last line, docstring included; `train`, the paper's algorithm, at most 45."""
     functions = nodes_of(path, ast.FunctionDef, ast.AsyncFunctionDef)
     limits = {"train": 45} if path.name == "bread.py" else {}
     assert {node.name: length(node) for node in functions if length(node) > limits.get(node.name, 50)} == {}
 
 
 def attributes_of(node):
-    """What an object of a class may change: assigned as self.NAME, or a field of a dataclass that is not frozen."""
+    """What may change in an object: assigned as self.NAME, or a field of a dataclass that is not frozen."""
     decorators = " ".join(map(ast.unparse, node.decorator_list))
     names = set()
     if "dataclass" in decorators and "frozen=True" not in decorators:
@@ -129,13 +134,14 @@ def test_no_two_classes_have_one_name():
 
 @pytest.mark.parametrize("path", named(EVERY_FILE))
 def test_no_line_is_longer_than_110_columns(path):
-    """Characters, not bytes; no tabs, no blanks at the end, and no backslash that continues a line of code."""
+    """Characters, not bytes; no tabs, no blanks at the end, no backslash that continues a line of code."""
     wrong = [number for number, line in enumerate(text_of(path).split("\n"), 1)
              if len(line) > 110 or "\t" in line or line != line.rstrip()]
     assert wrong == []
     code = [token for token in tokenize.generate_tokens(io.StringIO(text_of(path)).readline)
             if token.type not in (tokenize.STRING, tokenize.COMMENT)]
-    assert [token.start[0] for token in code if token.line.endswith("\\\n") and token.type == tokenize.NAME] == []
+    continued = [token for token in code if token.line.endswith("\\\n") and token.type == tokenize.NAME]
+    assert [token.start[0] for token in continued] == []
 
 
 @pytest.mark.parametrize("path", named(SHOWN))
@@ -168,7 +174,7 @@ def test_comments_are_neither_rare_nor_a_second_text(path):
 
 
 def imports_of(path):
-    """First parts of the names of all modules that a file imports from outside its folder, wherever it does so."""
+    """First parts of the names of all modules that a file imports from outside its folder."""
     names = set()
     for node in nodes_of(path, ast.Import, ast.ImportFrom):
         if isinstance(node, ast.Import):
@@ -179,7 +185,7 @@ def imports_of(path):
 
 
 def functions_of(path):
-    """(name, node, whether it is public) of every function and method; what stands inside a function is private."""
+    """(name, node, whether it is public) of every function; what stands inside one is private."""
     def walk(node, prefix, is_public):
         for child in ast.iter_child_nodes(node):
             if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -195,7 +201,7 @@ def functions_of(path):
 
 @pytest.mark.parametrize("path", named(path for path in FILES if path.name != "bread.py"))
 def test_only_bread_imports_files_of_ours(path):
-    """A star, not a web: everything else can be copied out on its own. (Inside kernels/ imports are relative.)"""
+    """A star, not a web: all else can be copied out on its own. (Inside kernels/ imports are relative.)"""
     assert not imports_of(path) & OURS
 
 
@@ -224,7 +230,8 @@ def test_every_file_says_what_it_is(path):
     """A module docstring, and one for every public function that is longer than 5 lines and not a framework's
     hook."""
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-    missing = [name for name, node, is_public in functions_of(path) if is_public and not ast.get_docstring(node)
+    missing = [name for name, node, is_public in functions_of(path)
+               if is_public and not ast.get_docstring(node)
                and not node.name.startswith("_") and node.name not in ("forward", "backward")
                and node.end_lineno - node.lineno + 1 > 5]
     assert missing == []
@@ -239,7 +246,7 @@ def test_torch_is_pinned():
                                   [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]])
 def test_links_of_the_documentation_lead_somewhere(path):
     """Files exist, and `[bread.train](../bread.py#L82)` names the line where `train` is defined."""
-    for text, file, number in re.findall(r"\[([^\]]+)\]\(([^):#]+)(?:#L(\d+))?\)", path.read_text(encoding="utf-8")):
+    for text, file, number in re.findall(r"\[([^\]]+)\]\(([^):#]+)(?:#L(\d+))?\)", text_of(path)):
         target = (path.parent / file).resolve()
         assert target.exists(), f"{path.name} links to {file}"
         if number:
