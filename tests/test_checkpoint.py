@@ -7,8 +7,8 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
-import runpy
 import shutil
 import signal
 import stat
@@ -84,11 +84,10 @@ def folder(tmp_path):
 
 
 def test_tensors_and_record_come_back_bit_for_bit(folder):
-    """Loaded tensors are no view of the file: zeros over that change nothing, but are an error when loaded."""
+    """Loaded tensors are no view of the file: zeros over it change nothing, but are refused when loaded."""
     tensors = {
         "float32": torch.tensor([0.1, NAN, -math.inf, -0.0, 1e-45]), "bfloat16": torch.randn(3, 5).bfloat16(),
-        "float64": torch.randn(2, dtype=torch.float64), "random state": torch.get_rng_state(),
-        "int64": torch.tensor([2**62]), "bool": torch.tensor([True, False]), "scalar": torch.tensor(7.0),
+        "random state": torch.get_rng_state(), "int64": torch.tensor([2**62]), "scalar": torch.tensor(7.0),
         "empty": torch.zeros(0, 3), "transposed": torch.arange(6.0).view(2, 3).T,
         "parameter": torch.nn.Parameter(torch.ones(2)),
     }
@@ -99,8 +98,7 @@ def test_tensors_and_record_come_back_bit_for_bit(folder):
     file.write_bytes(bytes(file.stat().st_size))
     with pytest.raises(ValueError, match="trainer.tensors is damaged .* resume from an older one"):
         load(path)
-    assert math.isnan(found.pop("nan")) and found == record
-    assert loaded.keys() == tensors.keys()
+    assert math.isnan(found.pop("nan")) and found == record and loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert (loaded[name].dtype, loaded[name].shape) == (tensor.dtype, tensor.shape)
         ours, theirs = (t.detach().flatten().view(torch.uint8) for t in (loaded[name], tensor))
@@ -120,10 +118,8 @@ def test_a_checkpoint_is_a_model_folder_to_every_reader(folder, umask):
     assert load_file(path / "trainer.tensors").keys() == {"moment"}
 
 
-# ---- Crashes
-
 def test_a_kill_costs_only_the_save_that_it_hits(folder):
-    """The old checkpoint is there, the rest is removed, rows appended before are there, no lock is in the way."""
+    """The old checkpoint and rows appended before are there, the rest is removed, no lock is in the way."""
     def child():
         other = RunFolder(folder.path, resume=True)
         other.append("metrics.jsonl", {"step": 0})
@@ -167,7 +163,8 @@ def test_killed_at_any_line_what_is_replaced_is_the_old_one_or_the_new_one(tmp_p
 
 def test_every_byte_is_on_the_disk_before_the_name(folder, monkeypatch):
     """A power loss undoes what was not flushed: all files are, then trainer.json, its folder, the rename."""
-    flushed, fsync = [], os.fsync
+    flushed = []
+    fsync = os.fsync
     final = folder.path / "checkpoint-1"
 
     def note(descriptor):
@@ -203,17 +200,17 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_no_part_of_the_new_one(fold
     assert load(path)[1] == {"step": 1}
 
 
-@pytest.mark.parametrize("name, damage", [
-    ("trainer.tensors", lambda file: os.truncate(file, 100)), ("model.safetensors", os.remove),
-    ("merges.txt", os.remove), ("config.json", lambda file: file.write_text("{} and more")),
-    ("trainer.json", os.remove), ("trainer.json", lambda file: os.truncate(file, 20)),
-    *(("trainer.json", lambda file, text=text: file.write_bytes(text))
-      for text in (b"\xff\x00", b'{"epoch": 3}', b'{"sizes": 3, "record": 3}', b"3"))])
-def test_a_damaged_newest_checkpoint_is_skipped_and_named(folder, name, damage):
+@pytest.mark.parametrize("name, content", [
+    ("trainer.tensors", b"cut"), ("model.safetensors", None), ("merges.txt", None), ("config.json", b"{ }"),
+    *(("trainer.json", content) for content in (
+        None, b'{"sizes": {"config.j', b"\xff\x00", b'{"epoch": 3}', b'{"sizes": 3, "record": 3}', b"3"))])
+def test_a_damaged_newest_checkpoint_is_skipped_and_named(folder, name, content):
     """Truncated, half-copied, changed in size, foreign: resume takes the one before and names the file."""
     save(folder, 1)
     damaged = save(folder, 2)
-    damage(damaged / name)
+    (damaged / name).unlink()
+    if content is not None:
+        (damaged / name).write_bytes(content)
     newest, (note,) = folder.latest()
     assert newest.name == "checkpoint-1"
     assert note.startswith("checkpoint-2 is incomplete and was skipped: ") and str(damaged / name) in note
@@ -221,18 +218,13 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_named(folder, name, damage):
         load(damaged)
 
 
-# ---- Which checkpoints stay, and who may write
-
 def test_only_the_newest_checkpoints_stay(folder, monkeypatch):
     """By step, not by name or age. One that cannot be removed, being read over NFS, does not end the run."""
-    def busy(*_, **__):
-        raise OSError("busy")
-
     for step in (1, 8, 9, 10):
         save(folder, step, keep=2)
     assert names(folder.path) == ["checkpoint-10", "checkpoint-9", "run.json"]
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rmdir", busy)
+        patch.setattr(os, "rmdir", lambda *_, **__: os.stat("missing"))  # raises an OSError
         save(folder, 13, keep=1)
     assert len(names(folder.path)) == 4 and folder.latest() == (folder.path / "checkpoint-13", [])
     save(folder, 14, keep=1)
@@ -241,13 +233,11 @@ def test_only_the_newest_checkpoints_stay(folder, monkeypatch):
 
 def test_damaged_later_checkpoints_do_not_push_out_sound_ones(folder):
     """After a fall-back from step 8 to 4, steps 5 and 6 stay; step 8 is replaced when the run gets there."""
-    for step in (4, 8):
-        save(folder, step)
-    (folder.path / "checkpoint-8" / "trainer.json").unlink()
+    save(folder, 4)
+    (save(folder, 8) / "trainer.json").unlink()
     for step in (5, 6):
         save(folder, step, keep=2)
     assert names(folder.path) == ["checkpoint-5", "checkpoint-6", "checkpoint-8", "run.json"]
-    assert folder.latest()[0].name == "checkpoint-6"
     save(folder, 8, keep=2)
     assert folder.latest() == (folder.path / "checkpoint-8", [])
 
@@ -261,25 +251,24 @@ def test_too_little_space_is_noticed_before_the_first_byte(folder):
 
 
 def test_a_refusal_says_what_to_type_and_leaves_the_folder_as_it_is(folder):
-    """One writer at a time. A run, even without run.json, wants one of --resume and --overwrite; --resume a
-    complete checkpoint; --overwrite those of our making. No lock is left behind."""
+    """In use, a run without a word on what to do with it, none to resume, not ours to remove, unwritable."""
     path = save(folder, 500)
     for keywords in ({}, {"resume": True}, {"overwrite": True}):
         assert f"{folder.path} is in use by another process" in refusal(folder.path, **keywords)
     folder.close()
-    for name in ("run.json", "config.json"):
-        for keywords in ({}, {"resume": True, "overwrite": True}):
-            text = refusal(folder.path, **keywords)
-            assert f"{folder.path} already holds a run: give either --resume" in text
-            assert "--overwrite" in text and "--output" in text
-        (folder.path / "run.json").unlink(missing_ok=True)
+    for keywords in ({}, {"resume": True, "overwrite": True}):
+        text = f"{folder.path} already holds a run: give either --resume .* --overwrite .* --output"
+        assert re.search(text, refusal(folder.path, **keywords))
+    (folder.path / "run.json").unlink()
+    assert "already holds a run" in refusal(folder.path)
     (path / "config.json").unlink()
-    text = refusal(folder.path, resume=True)
-    assert "checkpoint-500 is incomplete" in text and "config.json has none of 2 bytes" in text
+    assert "checkpoint-500 is incomplete and was skipped: " in refusal(folder.path, resume=True)
     (path / "trainer.json").unlink()  # as in the checkpoint-500 of many another trainer
     assert "checkpoint-500 is not of a run of ours" in refusal(folder.path, overwrite=True)
     assert names(folder.path) == ["checkpoint-500"] and len(names(path)) == 3
     assert "no complete checkpoint to resume from" in refusal(folder.path / "new", resume=True)
+    for unwritable in (path / "merges.txt", path / "merges.txt" / "below", Path("/proc")):  # also to root
+        assert f"{unwritable} is no folder that can be written, give another --output" in refusal(unwritable)
 
 
 def test_overwrite_removes_what_a_run_writes_and_nothing_else(folder):
@@ -295,19 +284,6 @@ def test_overwrite_removes_what_a_run_writes_and_nothing_else(folder):
     RunFolder(folder.path, overwrite=True).close()
     assert names(folder.path) == [
         "checkpoint-best", "checkpoint-best.txt", "metrics.jsonl.bak", "notes.txt", "plots"]
-
-
-def test_a_folder_that_cannot_be_written_is_an_early_error(tmp_path):
-    """A file, below a file, or closed even to root: ValueError, not an OSError at the first save."""
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc")):
-        assert f"{path} is no folder that can be written, give another --output" in refusal(path)
-
-
-def test_the_file_can_be_imported_without_posix(monkeypatch):
-    """Windows has no fcntl: the import works, so that everything but training does."""
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    assert "RunFolder" in runpy.run_path(checkpoint.__file__)
 
 
 def test_logs_are_plain_json(folder):
@@ -331,7 +307,7 @@ def test_logs_are_plain_json(folder):
     (b"", b""), (b'{"step": 3}\n', b""), (b'{"step": 3, "lo', b""), (b'{"text": "\xe6\x95', b""),
     (b"\x00\x00", b""), (b'{"step": 2}', b'{"step": 2}\n')])
 def test_truncate_leaves_the_rows_up_to_a_step(folder, end, kept):
-    """Later rows and a line that a crash cut go; one that lacks its line feed gets it; no file is no error."""
+    """Later rows and a line that a crash cut go; one that lacks its line feed gets it."""
     whole = b'{"step": 1, "a": 0.10}\n{"note": "no step"}\n{"step":2}\n{"step": 2, "text": "\xe2\x80\xa8"}\n'
     path = folder.path / "metrics.jsonl"
     path.write_bytes(b'{"step": 3}\n' + whole + end)

@@ -17,13 +17,6 @@ DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no ../shared/data beside the repository")
 
 
-def read_math500():
-    """The 500 problems of MATH-500, each with a human solution and its gold answer."""
-    return json.loads((DATA / "math500" / "math500_test.json").read_text(encoding="utf-8"))
-
-
-# ---- Extraction
-
 @pytest.mark.parametrize("text, answer", [
     (r"so \boxed{5}", "5"), (r"\fbox{5}", "5"), (r"it is $\boxed 5$.", "5"), (r"it is $\boxed5$.", "5"),
     (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
@@ -36,24 +29,15 @@ def read_math500():
     ("**Final answer:** (3, 4)", "(3, 4)"), ("The answer is\n\\[\n9\n\\]", "9"),
     ("<answer> 4 </answer> no, <answer> 5 </answer>", "5"),
     ("<think>\\boxed{4}</think> \\boxed{5}", "5"), ("\\boxed{4}</think>#### 5", "5"),
-])
+    # Prose, empty or unfinished boxes and answers inside the thinking are none.
+    *((text, None) for text in (
+        "", " ", "5", "It is 5.", "I think that 5 apples are left", "####", "#### \n", "The answer",
+        r"\boxed{}", r"\boxed{ }", r"\boxed{5} \boxed{}", r"\boxed{5", r"\boxed", "boxed{5}", r"\text{5}",
+        r"<think> \boxed{5}", r"<think> \boxed{5} </think> done", r"\boxed{5} </think>", "<think></think>"))])
 def test_the_committed_answer_is_found(text, answer):
     """The last box wins, then the last `####`, then the last "answer is", all after the thinking."""
     assert extract_answer(text) == answer
 
-
-@pytest.mark.parametrize("text", [
-    "", " ", "5", "It is 5.", "I think that 5 apples are left", "####", "#### \n", "The answer",
-    r"\boxed{}", r"\boxed{ }", r"\boxed{5} \boxed{}", r"\boxed{5", r"\boxed", "boxed{5}", r"\text{5}",
-    r"<think> \boxed{5}", r"<think> \boxed{5} </think> done", r"\boxed{5} </think>", "<think></think>",
-])
-def test_without_commitment_there_is_no_answer(text):
-    """Prose, empty or unfinished boxes and answers inside the thinking are not answers, hence reward 0."""
-    assert extract_answer(text) is None
-    assert math_reward(text, "5") == 0.0
-
-
-# ---- Comparison
 
 SAME = [
     # numbers
@@ -75,18 +59,16 @@ SAME = [
     # tuples, intervals, sets, plus-minus
     (r"\left(0.6, \frac{8}{3}\right]", r"(\frac{3}{5},\frac83]"), ("[-2,7]", r"x \in [-2,7]"),
     ("(1,234)", "(1, 234)"), (r"\{2, 1\}", r"\{1, 2\}"), (r"\{2, 1\}", "1, 2"), ("2, 1", r"\{1,2\}"),
-    ("1; 2", "1 and 2"), (r"\{5\}", "5"), ("-5, 5", r"\pm 5"),
+    ("1; 2", "1 and 2"), (r"\{5\}", "5"), ("-5, 5", r"\pm 5"), ("(1,0.5),(3,4)", "(1,1/2),(3,4)"),
     (r"1-\sqrt{19}, 1+\sqrt{19}", r"1 \pm \sqrt{19}"), ("x=1, x=2", "1,2"),
-    ("(1,0.5),(3,4)", "(1,1/2),(3,4)"),
     # formulas and words
     (r"\sqrt3", r"\sqrt{3}"), ("-5i+6", "6 - 5i"), (r"11+11\sqrt5", r"11 \sqrt{5} + 11"),
     ("4210_{5}", "4210_5"), ("x^{2}+1", "1 + x^2"), ("2πr", r"2 \pi r"), ("2·3", r"2 \cdot 3"),
-    ("(-∞, 2)", r"(-\infty,2)"),
-    ("north", r"\text{North}"), ("C", r"\text{(C)}"), ("No solution.", r"\text{no solution}"),
+    ("(-∞, 2)", r"(-\infty,2)"), ("north", r"\text{North}"), ("C", r"\text{(C)}"),
+    ("No solution.", r"\text{no solution}"),
     (r"\begin{pmatrix} -\frac13 \\2 \end{pmatrix}", r"\begin{pmatrix} -1/3 \\ 2 \end{pmatrix}"),
     # a wrong verdict that we know of: a product of three letters behind a blank reads as a unit
-    ("2 xyz", "2"),
-]
+    ("2 xyz", "2")]
 DIFFERENT = [
     # near misses
     ("5", "-5"), ("0.333", "1/3"), ("3.14", r"\pi"), ("28", "0.28"), ("1 2", "12"), ("1,2", "12"),
@@ -114,8 +96,7 @@ DIFFERENT = [
     ("٣", "3"), ("５", "5"), ("1_000", "1000"), ("1/0", "0"), ("0/0", "0"), ("nan", "nan"), ("inf", "inf"),
     # wrong verdicts that we know of: no algebra, coefficients stay put, as many names as the gold or none
     ("e^{-x}", r"\frac{1}{e^x}"), (r"\frac{3}{4}\sqrt{3}", r"\frac{3\sqrt{3}}{4}"),
-    (r"x=2 \text{ or } x=-2", r"x = \pm 2"),
-]
+    (r"x=2 \text{ or } x=-2", r"x = \pm 2")]
 
 
 @pytest.mark.parametrize("given, gold, reward", [
@@ -126,54 +107,39 @@ def test_one_value_in_two_spellings_matches_and_nothing_else_does(given, gold, r
     assert math_reward(rf"Hence $\boxed{{{given}}}$.", gold) == reward
 
 
-# ---- Gold answers
-
 @pytest.mark.parametrize("answer, gold", [
     ("72", "72"), (72, "72"), (72.0, "72"), (0.5, "0.5"), (-3, "-3"), (r"\boxed{\frac12}", r"\frac12"),
     ("reasoning\n#### 1,000", "1,000"), (r"Long solution, so $x = \boxed{5}$.", "5"), (r"\infty", r"\infty"),
     (r"\text{east}", r"\text{east}"), ("infinitely many solutions", "infinitely many solutions"),
-])
-def test_usable_gold_answers_are_unwrapped(answer, gold):
-    """A gold answer comes out as text, without its box, and matches itself."""
+    *((answer, None) for answer in (
+        "", " ", "$$", "?", "#### ", r"\boxed{}", "Answer is forty two.", "proof", "notfound", "Proof.",
+        float("nan"), float("inf"), r"\frac{1}{2", "7" * (MAX_ANSWER + 1)))])
+def test_gold_answers_are_unwrapped_or_refused(answer, gold):
+    """As text, without its box, it matches itself; None, and never rewarded, if no completion can match."""
     assert parse_gold(answer) == gold
-    assert answers_match(gold, gold) and answers_match(gold, str(answer))
+    assert answers_match(gold or str(answer), str(answer)) == (gold is not None)
 
-
-@pytest.mark.parametrize("answer", [
-    "", " ", "$$", "?", "#### ", r"\boxed{}", "Answer is forty two.", "proof", "notfound", "Proof.",
-    float("nan"), float("inf"), r"\frac{1}{2", "7" * (MAX_ANSWER + 1),
-])
-def test_unusable_gold_answers_are_refused(answer):
-    """A gold answer that no completion can match is reported at load time, and never rewarded."""
-    assert parse_gold(answer) is None
-    assert not answers_match(str(answer), str(answer))
-
-
-# ---- Hostile input
 
 MILLION = 10**6
 HOSTILE = {
-    "a million letters": "a" * MILLION, "a million digits": r"\boxed{" + "9" * MILLION + "}",
-    "digits up to the cap": r"\boxed{" + "9" * MAX_ANSWER + "}", "a power tower": r"\boxed{9**9**9}",
-    "a LaTeX power tower": r"\boxed{2003^{2002^{2001}}}", "Python": r"\boxed{exit(5)}",
-    "a huge exponent": r"\boxed{1e999999999}", "a negative huge exponent": r"\boxed{1e-999999999}",
-    "open braces": "{" * MILLION, "closed braces": "}" * MILLION, "backslashes": "\\" * MILLION,
-    "unfinished boxes": r"\boxed{" * 100_000, "nested boxes": r"\boxed{" * 10_000 + "6" + "}" * 10_000,
-    "a hundred thousand boxes": r"\boxed{5}" * 100_000 + r"\boxed{6}",
-    "boxes without a brace": (r"\boxed" + " " * 9) * 60_000,
+    "letters": "a" * MILLION, "backslashes": "\\" * MILLION, "null bytes": "\0" * MILLION,
+    "open braces": "{" * MILLION, "closed braces": "}" * MILLION, "line ends": "\r\n" * 500_000,
     "hash marks": "#" * MILLION, "markers": "#### " * 200_000, "answer is": "answer is " * 100_000,
     "almost answer is": "answer" * 160_000 + " " * 40_000,
     "thinking": "<think>" * 140_000, "thoughts ended": "</think>" * 120_000,
-    "nested parentheses": r"\boxed{" + "(" * 149 + "1" + ")" * 149 + "}",
-    "nested lists": r"\boxed{" + "[" * 149 + "1" + "]" * 149 + "}",
-    "deeper than the cap": r"\boxed{" + "(" * 100_000 + "5" + ")" * 100_000 + "}",
-    "nested fractions": r"\boxed{" + r"\frac{1}{" * 30 + "2" + "}" * 31,
-    "plus-minus": r"\boxed{" + "±" * 299 + "}", "many sets": r"\boxed{\{" + "1," * 140 + r"\}}",
-    "blanks": r"\boxed{" + " " * 299 + "}", "names": r"\boxed{" + "x=" * 149 + "}",
-    "units": r"\boxed{5" + " abc" * 74 + "!}", "thousands": r"\boxed{" + "1,000" * 59 + "!}",
-    "a zero denominator": r"\boxed{5/0}", "Arabic digits": r"\boxed{٥}", "line ends": "\r\n" * 500_000,
-    "a lone surrogate": "\\boxed{\ud800}", "null bytes": "\0" * MILLION,
-}
+    "unfinished boxes": r"\boxed{" * 100_000, "nested boxes": r"\boxed{" * 10_000 + "6" + "}" * 10_000,
+    "many boxes": r"\boxed{5}" * 100_000 + r"\boxed{6}", "no brace": (r"\boxed" + " " * 9) * 60_000,
+} | {name: rf"\boxed{{{text}}}" for name, text in {
+    "digits": "9" * MILLION, "digits up to the cap": "9" * MAX_ANSWER, "Python": "exit(5)",
+    "a power tower": "9**9**9", "a LaTeX power tower": "2003^{2002^{2001}}",
+    "a huge exponent": "1e999999999", "a negative huge exponent": "1e-999999999",
+    "nested parentheses": "(" * 149 + "1" + ")" * 149, "nested lists": "[" * 149 + "1" + "]" * 149,
+    "deeper than the cap": "(" * 100_000 + "5" + ")" * 100_000,
+    "nested fractions": r"\frac{1}{" * 30 + "2" + "}" * 30, "plus-minus": "±" * 299,
+    "many sets": r"\{" + "1," * 140 + r"\}", "blanks": " " * 299, "names": "x=" * 149,
+    "units": "5" + " abc" * 74 + "!", "thousands": "1,000" * 59 + "!",
+    "a zero denominator": "5/0", "Arabic digits": "٥", "a lone surrogate": "\ud800",
+}.items()}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -199,8 +165,8 @@ def test_random_latex_never_raises_and_matching_is_symmetric():
     """On random token soup the verdict is 0 or 1, an answer matches itself, and sides may be swapped."""
     tokens = (r"\frac \sqrt \text \boxed{ \left \right \pm \pi \{ \} \, \! \circ \% \$ { } ( ) [ ] , ; = + "
               r"- * / ^ _ ~ . : 0 1 2 10 1,000 0.5 e x i cm apples and \in ± ∞ − #### </think>").split(" ")
-    tokens += ["answer is", " ", "\n"]
     rng = random.Random(0)
+    tokens += ["answer is", " ", "\n"]
     soups = ["".join(rng.choices(tokens, k=rng.randrange(1, 12))) for _ in range(3000)]
     for given, gold in zip(soups, soups[1:]):
         assert math_reward(given, gold) in (0.0, 1.0)
@@ -209,8 +175,6 @@ def test_random_latex_never_raises_and_matching_is_symmetric():
             assert answers_match(given, given)
             assert answers_match(given, gold) == answers_match(gold, given)
 
-
-# ---- Public suites and data sets
 
 # (gold, answer) of the public cases on which we differ, and why. A case that starts to pass must leave.
 PUBLIC_LIMITATIONS = {
@@ -234,34 +198,28 @@ def test_public_verifier_cases_agree_except_the_listed():
 
 
 @needs_data
-def test_on_math500_human_solutions_are_rewarded_and_one_changed_digit_is_not():
-    """All 500 solutions get 1.0 against their gold answers; with any one digit changed, a box gets 0."""
-    problems = read_math500()
+def test_on_math500_right_answers_are_rewarded_and_others_are_not():
+    """All 500 human solutions; none with a digit of the gold changed; of the golds only respellings match."""
+    problems = json.loads((DATA / "math500" / "math500_test.json").read_text(encoding="utf-8"))
     assert [math_reward(problem["solution"], problem["answer"]) for problem in problems] == [1.0] * 500
+    golds = sorted({problem["answer"] for problem in problems})
     wrongly_rewarded = []
-    for gold in {problem["answer"] for problem in problems}:
+    for gold in golds:
         for digit in re.finditer("[0-9]", gold):
             changed = gold[:digit.start()] + str((int(digit[0]) + 1) % 10) + gold[digit.end():]
             if math_reward(rf"\boxed{{{changed}}}", gold):
                 wrongly_rewarded.append((gold, changed))
     assert wrongly_rewarded == []
-
-
-@needs_data
-def test_only_respelled_answers_of_math500_match_each_other():
-    """Among the MATH-500 answers that are neither integers nor fractions, only respellings match."""
-    plain = re.compile(r"-?(?:[0-9]+|\\d?frac\{[0-9]+\}\{[0-9]+\})")
-    golds = sorted({problem["answer"] for problem in read_math500()})
+    plain = re.compile(r"-?(?:[0-9]+|\\d?frac\{[0-9]+\}\{[0-9]+\})")  # thousands of pairs, all of one kind
     golds = [gold for gold in golds if not plain.fullmatch(gold)]
     pairs = {(a, b) for i, a in enumerate(golds) for b in golds[i + 1:] if answers_match(a, b)}
-    assert len(golds) > 100
-    assert pairs == {(r"2 \sqrt{5}", r"2\sqrt{5}"), (r"36^\circ", r"\$36")}
+    assert len(golds) > 100 and pairs == {(r"2 \sqrt{5}", r"2\sqrt{5}"), (r"36^\circ", r"\$36")}
 
 
 @needs_data
 @pytest.mark.parametrize("split, count", [("train", 7473), ("test", 1319)])
 def test_on_gsm8k_human_answers_are_rewarded_and_those_of_other_problems_are_not(split, count):
-    """1.0 against the number behind their own `####`, and against a random problem's just if it is the same."""
+    """1.0 against the number behind their own `####`, and against a random problem's only if it agrees."""
     answers = [row["answer"] for row in read_lines(DATA / "gsm8k" / f"{split}.jsonl")]
     golds = [answer.rpartition("#### ")[2] for answer in answers]
     assert [math_reward(answer, gold) for answer, gold in zip(answers, golds)] == [1.0] * count

@@ -71,8 +71,6 @@ def cuts_of(text, answer="zzz", question="", **options):
     return find_cuts(text, [(i, i + 1) for i in range(len(text))], answer, question, **options)
 
 
-# ---- Tokenizer
-
 def test_missing_or_broken_files_are_named(tmp_path, make, tokenizer):
     """Each file of a tokenizer folder, and the data: a ValueError with the file's name."""
     with pytest.raises(ValueError, match="none/tokenizer.json cannot be read.*No such file"):
@@ -106,6 +104,7 @@ def test_encode_gives_the_whole_text_as_plain_tokens(make, backend_json):
     text = "a<|im_end|>b<|im_start|>c<|endoftext|>"
     assert tokenizer.decode(tokenizer.encode(text)) == text  # decode skips special ids: there is none
     assert len(tokenizer.encode("<think>")) == 1  # an added token that is not special
+    assert tokenizer.decode(tokenizer.render("a")) == "user\na\nassistant"  # the template's markers are
 
 
 @needs_data
@@ -122,8 +121,6 @@ def test_published_tokenizers_end_turns_keep_text_plain_and_cut_between_tokens(n
     assert tokenizer.decode(tokenizer.encode(trace)[:cut]) == "Lily had 3 水。She got more.\n\n"
 
 
-# ---- Prompts
-
 SYSTEM = "<|im_start|>system\n{}<|im_end|>\n"
 ASKED = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
 LLAMA = "<|start_header_id|>{}<|end_header_id|>\n\n"
@@ -137,8 +134,7 @@ EXPECTED = {
     "llama3": "<s>" + LLAMA_ASKED,
     "llama3_1": "<s>" + LLAMA.format("system") + LLAMA_DATES + LLAMA_ASKED,
     "llama3_2": "<s>" + LLAMA.format("system") + LLAMA_DATES + LLAMA_ASKED,
-    "deepseek_r1_distill": "<s><｜User｜>Why?<｜Assistant｜><think>\n",
-}
+    "deepseek_r1_distill": "<s><｜User｜>Why?<｜Assistant｜><think>\n"}
 
 
 @needs_data
@@ -146,30 +142,25 @@ def test_published_templates_render_exactly(make, backend_json):
     """Every published template gives the expected prompt: no stray newline, no second bos, a pinned date."""
     backend = Backend.from_str(backend_json)
     backend.add_special_tokens(["<s>", "</s>"])
-    paths = sorted((DATA / "chat_templates").glob("*.jinja"))
-    assert len(paths) == len(EXPECTED)
-    for path in paths:
-        files = {"tokenizer.json": backend.to_str(), "chat_template.jinja": path.read_text(encoding="utf-8")}
+    for name, expected in EXPECTED.items():
+        template = (DATA / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+        files = {"tokenizer.json": backend.to_str(), "chat_template.jinja": template}
         tokenizer = make(files, bos_token="<s>", eos_token="</s>", add_bos_token=True)
-        assert prompt(tokenizer, "Why?") == EXPECTED[path.stem]
+        assert prompt(tokenizer, "Why?") == expected
         assert "Be brief." in prompt(tokenizer, "Why?", system="Be brief.")
 
 
-def test_template_sources_in_order(make):
-    """Of a list of templates "default" is taken; chat_template.jinja overrides tokenizer_config.json."""
+def test_templates_are_found_and_understood_as_by_transformers(make):
+    """A list's "default", chat_template.jinja; filters, loop controls, generation tags, a pinned date."""
     named = [{"name": "tool_use", "template": "tool"}, {"name": "default", "template": "default"}]
     assert prompt(make(chat_template=named), "?") == "default"
     with pytest.raises(ValueError, match="none of the templates is named default"):
         make(chat_template=named[:1])
-    assert prompt(make({"chat_template.jinja": "file"}, chat_template=named), "?") == "file"
-
-
-def test_template_language_is_that_of_transformers(make):
-    """tojson without HTML escapes, loop controls, the generation tag, strftime_now with a pinned date."""
     template = ("  {% if true %}{% endif %}{% for m in messages %}{% generation %}{{ m.content | tojson }}"
                 "{%- endgeneration -%} {% break %}{% endfor %}"
                 "{{ strftime_now('%Y') }} {{ date_string }} {{ eos_token }} {{ bos_token }}")
-    assert prompt(make(chat_template=template), "<é>'&") == "\"<é>'&\"2024 26 Jul 2024 <|im_end|> "
+    tokenizer = make({"chat_template.jinja": template}, chat_template=named)
+    assert prompt(tokenizer, "<é>'&") == "\"<é>'&\"2024 26 Jul 2024 <|im_end|> "
 
 
 @pytest.mark.parametrize("template, words", [
@@ -217,8 +208,6 @@ def test_hint_stands_below_the_question(tokenizer):
     assert tokenizer.render("Why?", system="Be brief.") == tokenizer.render(messages, system="Be long.")
 
 
-# ---- Cuts
-
 @pytest.mark.parametrize("trace, answer, cuts", [
     # blank lines before line ends before sentence ends
     ("a. b\nc\n\nd\n \ne", "-", [8, 12]), ("a\r\n\r\nb\r\n\r\nc", "-", [5, 10]),
@@ -227,7 +216,7 @@ def test_hint_stands_below_the_question(tokenizer):
     # the next finer one where every coarser lies behind the answer
     ("a. b\nc\n\nthe 7", "7", [8]), ("a. b\nthe 7\n\nd", "7", [5]), ("a. the 7\n\nd", "7", [3]),
     # never 0 and never the whole trace, also where separators end it
-    ("a\n\nb\n\nc", "-", [3, 6]), ("a\n\nb\n\n", "-", [3]), ("a", "-", []), ("a\n\n", "-", []), ("", "-", [])])
+    ("a\n\nb\n\nc", "-", [3, 6]), ("a\n\nb\n\n", "-", [3]), ("a\n\n", "-", []), ("", "-", [])])
 def test_the_coarsest_usable_separator_wins(trace, answer, cuts):
     """K episodes give K - 1 cuts: the last one is never offered."""
     assert cuts_of(trace, answer) == cuts
@@ -237,7 +226,6 @@ def test_cuts_fall_on_token_ends():
     """Inside a token back to its start; cuts that meet are one; behind all byte tokens of a character."""
     tokens = [(0, 2), (2, 5), (5, 7), (7, 11), (11, 14)]
     assert find_cuts("a.\n\nb\n\nc\n\nd\n\ne", tokens, "zzz", "") == [1, 3, 4]
-    assert find_cuts("a\n\nb", [(0, 4)], "zzz", "") == []
     byte_tokens = [(0, 1), (0, 1), (0, 1), (1, 2), (2, 3), (2, 3), (2, 3), (3, 4)]
     assert find_cuts("水。火b", byte_tokens, "zzz", "") == [4]
 
@@ -254,26 +242,23 @@ def test_many_episodes_merge_to_nearly_equal_lengths():
 
 STATED = [
     ("the 72 is", "72"), ("72.", "72"), ("$72,", "72"), ("72.00", "72"), ("x=72cm", "72"), ("1,000", "1000"),
-    ("1000", "1,000"), ("1{,}000", "1000"), (r"1,\!000", "1000"), ("0.5", ".5"), ("-5", "-5"), ("10-5", "-5"),
+    ("1000", "1,000"), ("1{,}000", "1000"), (r"1,\!000", "1000"), ("0.6", ".6"), ("-6", "-6"), ("10-6", "-6"),
     ("$18", "$18.00"), ("25%", r"25\%"), (r"\frac{3}{4}", r"\frac{3}{4}"), ("so (3, 4)", "(3,  4)"),
-    ("Evelyn", "Evelyn"), ("yes, 9" + "9" * 400, "9" * 400), (r"\boxed{\frac12}", "1/2"), ("#### 11", "12")]
-NOT_STATED = [("172", "72"), ("72.5", "72"), ("7,200", "200"), ("7,200", "72"), ("720", "72"), ("1,000", "1"),
-              ("0.5", "5"), ("Evelyns", "Evelyn")]
-CLAIMED = ["3+2 = 5", "3+2=$5", "<<3+2>>5", "the result is 5", "it is **5**", r"it is $\$5$"]
-NOT_CLAIMED = ["we have 5 bags", "5+3", "this 5", "= 5.5"]
+    ("Evelyn", "Evelyn"), ("yes, 9" + "9" * 400, "9" * 400), (r"\boxed{\frac12}", "1/2"), ("#### 11", "12"),
+    ("3+2 = 5", "5"), ("3+2=$5", "5"), ("<<3+2>>5", "5"), ("that is 5", "5"), ("it is **5**", "5"),
+    (r"it is $\$5$", "5")]
+NOT_STATED = [
+    ("172", "72"), ("72.5", "72"), ("7,200", "200"), ("7,200", "72"), ("720", "72"), ("1,000", "1"),
+    ("0.6", "6"), ("Evelyns", "Evelyn"), ("we have 5", "5"), ("5+3", "5"), ("this 5", "5"), ("= 5.5", "5")]
 
 
-@pytest.mark.parametrize("line, answer, question, stated", [
-    *((line, answer, "", True) for line, answer in STATED), *((*case, "", False) for case in NOT_STATED),
-    *((line, "5", "Of 5.0 bags?", True) for line in CLAIMED),
-    *((line, "5", "Of 5.0 bags?", False) for line in NOT_CLAIMED)])
-def test_an_anchor_ends_before_the_first_statement_of_the_answer(line, answer, question, stated):
+@pytest.mark.parametrize("line, answer, is_stated", [
+    *((*case, True) for case in STATED), *((*case, False) for case in NOT_STATED)])
+def test_an_anchor_ends_before_the_first_statement_of_the_answer(line, answer, is_stated):
     """It is recognised as a whole; where the question holds the number, only behind "=", ">>" or "is"."""
-    cuts = cuts_of(f"start\n{line}\nnext\nend", answer, question)
-    assert cuts == ([6] if stated else [6, 7 + len(line), 12 + len(line)])
+    cuts = cuts_of(f"start\n{line}\nnext\nend", answer, question="Of 5.0 bags?")
+    assert cuts == ([6] if is_stated else [6, 7 + len(line), 12 + len(line)])
 
-
-# ---- Loading
 
 @pytest.mark.parametrize("trace", ["  There are 2.\n\nSo\n\n\n6", "水は水です。\n\n答えは\n\n7", "é\n\nü",
                                    "a \\(\n\n\\frac{1}{2}\\)\n\nb", "a. b"])
@@ -288,7 +273,7 @@ def test_anchor_is_a_prefix_of_the_traces_own_ids(load, tokenizer, trace):
 
 
 def test_a_trace_fits_the_prompt_and_the_stop_ids(load, make):
-    """A leading "<think>\\n" goes if the prompt ends with it; an ordinary token that is a stop id is refused."""
+    """A leading "<think>\\n" goes if the prompt ends with it; a stop id, even of plain text, is refused."""
     thought = ROW | {"trace": "<think>\nhm\n</think>\n\n12"}
     opened = make(chat_template=CHATML + "{{ '<think>\\n' }}")
     assert load(thought, tokenizer=opened)[0].trace == "hm\n</think>\n\n12"
@@ -302,38 +287,31 @@ def test_problem_holds_the_rendered_question(load, tokenizer):
     """prompt_ids is render() of the question; ids default to line numbers; a system text makes it a list."""
     rows = ROW, ROW | {"id": "b", "system": "Be brief."}, ROW | {"id": 7}
     first, second, third = load(*rows, system="Think.")
-    assert (first.id, second.id, third.id, first.answer) == ("1", "b", "7", "12")
+    assert (first.id, second.id, third.id) == ("1", "b", "7")
+    assert [tokenizer.decode(first.expert_ids[:cut]) for cut in first.cuts] == ["There are 2 bags.\n\n"]
     assert first.prompt_ids == tokenizer.render(ROW["question"], system="Think.")
     assert second.prompt_ids == tokenizer.render(ROW["question"], system="Be brief.")
     assert second.prompt_ids == tokenizer.render(second.question)
-    assert [tokenizer.decode(first.expert_ids[:cut]) for cut in first.cuts] == ["There are 2 bags.\n\n"]
-    assert load(ROW)[0].question == ROW["question"]
-
-
-@pytest.mark.parametrize("name, alias", [(name, alias) for name in ALIASES for alias in ALIASES[name]])
-def test_field_names_of_public_sets_are_read(load, name, alias):
-    """Every alias works, and null counts as absent."""
-    problem, = load(ROW | {name: None} | {alias: ROW[name]})
-    assert (problem.question, problem.trace, problem.answer) == tuple(ROW.values())
 
 
 @pytest.mark.parametrize("fields, trace, answer", [
     # Answers keep their spelling, but for white space, a "####" head, and floats without a fraction.
     ({"answer": 72}, TRACE, "72"), ({"answer": 72.0}, TRACE, "72"), ({"answer": 0.5}, TRACE, "0.5"),
-    ({"answer": -3}, TRACE, "-3"), ({"answer": 1e21}, TRACE, "1" + "0" * 21), ({"answer": " 7 "}, TRACE, "7"),
-    ({"answer": "72.0"}, TRACE, "72.0"), ({"answer": "so\n#### 7"}, TRACE, "7"),
+    ({"answer": "72.0"}, TRACE, "72.0"), ({"answer": -1e21}, TRACE, "-1" + "0" * 21),
+    ({"answer": "so\n####  7 "}, TRACE, "7"), ({"answer": " 7 "}, TRACE, "7"),
     # Without one, it is what the trace's "####" or last box holds, braces balanced.
     ({"answer": None, "trace": "so\n#### 1,200"}, "so\n#### 1,200", "1,200"),
     ({"answer": None, "trace": r"\boxed{3} \boxed{\sqrt{2}}."}, r"\boxed{3} \boxed{\sqrt{2}}.", r"\sqrt{2}"),
     # Raw GSM8K: the answer's text is the trace, "####" line kept, calculator marks gone.
     ({"trace": None, "answer": "48/2 = <<48/2=24>>24.\n#### 24"}, "48/2 = 24.\n#### 24", "24"),
-    # Ours wins; of a list the first is taken; end-of-turn tokens at the end are stripped.
+    # Every alias works, ours wins, null is absent, a list's first is taken, end-of-turn tokens are stripped.
+    *(({name: None, alias: ROW[name]}, TRACE, "12") for name in ALIASES for alias in ALIASES[name]),
     ({"solution": "unused"}, TRACE, "12"), ({"trace": None, "traces": [TRACE, "other"]}, TRACE, "12"),
     ({"trace": TRACE + "<|im_end|>\n<|endoftext|> "}, TRACE, "12")])
 def test_trace_and_answer_are_read_from_what_a_row_holds(load, fields, trace, answer):
-    """Whatever spelling and form the public sets have."""
+    """Whatever the spelling and form."""
     problem, = load(ROW | fields)
-    assert (problem.trace, problem.answer) == (trace, answer)
+    assert (problem.question, problem.trace, problem.answer) == (ROW["question"], trace, answer)
 
 
 def test_file_forms_that_are_fine(load):
@@ -357,7 +335,7 @@ MALFORMED = [
     (ROW | {"answer": None, "trace": r"\boxed{1"}, "field 'answer' is None"),
     (ROW | {"question": 5}, "field 'question' is 5"), (ROW | {"trace": " "}, "field 'trace' is ' '"),
     (ROW | {"trace": "<|im_end|>"}, "field 'trace' is empty"), (ROW | {"trace": []}, "field 'trace' is"),
-    (ROW | {"trace": None, "solution": [5]}, "field 'solution'"), (ROW | {"system": 5}, "field 'system' is 5"),
+    (ROW | {"trace": None, "solution": [5]}, "field 'solution'"), (ROW | {"system": 5}, "'system' is 5"),
     (ROW | {"answer": float("nan")}, "'answer' is 'nan'"), (ROW | {"answer": 1e999}, "'answer' is 'inf'"),
     (ROW | {"answer": "####"}, "field 'answer' is ''"), (ROW | {"answer": True}, "field 'answer' is True"),
     (ROW | {"answer": {"a": 1}}, "field 'answer'"), (ROW | {"system": "<|im_end|>"}, "special token"),
@@ -370,29 +348,24 @@ def test_bad_line_is_named_with_number_and_field(load, line, words):
         load(ROW, "", line, ROW)
 
 
-def test_long_rows_are_skipped_whole_and_none_left_is_an_error(load):
-    """A row longer than max_tokens, prompt and trace together, is left out and counted, never cut."""
+def test_long_rows_and_repeated_questions_are_counted_and_repeated_ids_stop(load):
+    """A row longer than max_tokens, prompt and trace together, is left out, never cut; one must be left."""
     log = []
     whole, = load(ROW)
     size = len(whole.prompt_ids) + len(whole.expert_ids)
     assert load(ROW, ROW | {"trace": TRACE + " And so on."}, max_tokens=size, log=log.append) == [whole]
-    assert "1 longer than" in log[-1]
+    assert len(load(ROW, ROW, log=log.append)) == 2
+    assert "1 longer than" in log[0] and "1 questions occur more than once" in log[1]
     for lines, limit in (([], None), ([""], None), ([ROW], size - 1)):
         with pytest.raises(ValueError, match="0 problems"):
             load(*lines, max_tokens=limit)
-
-
-def test_repeated_questions_are_counted_and_repeated_ids_stop(load):
-    """The same question twice is said; the same id twice is an error, for runs key their records by it."""
-    log = []
-    assert len(load(ROW, ROW, log=log.append)) == 2 and "1 questions occur more than once" in log[0]
-    with pytest.raises(ValueError, match="id '2' occurs 2 times"):
+    with pytest.raises(ValueError, match="id '2' occurs 2 times"):  # runs key their records by it
         load(ROW | {"id": 2}, ROW)
 
 
 @needs_data
 def test_anchors_of_public_traces(tmp_path):
-    """GSM8K's test set and MATH-500: anchors are prefixes that state no answer, in 97 of 100 GSM8K problems."""
+    """GSM8K's test set and MATH-500: they state no answer; 97 of 100 GSM8K problems have some."""
     qwen = Tokenizer.from_pretrained(DATA / "tokenizers" / "qwen2.5")
     rows = json.loads((DATA / "math500" / "math500_test.json").read_bytes())
     (tmp_path / "math.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
@@ -400,14 +373,12 @@ def test_anchors_of_public_traces(tmp_path):
     num_cuts = [len(problem.cuts) for problem in gsm8k]
     assert len(gsm8k) == 1319 and num_cuts.count(0) < 0.03 * 1319 and 2.4 < sum(num_cuts) / 1319 < 2.6
     for problem in gsm8k + load_problems(tmp_path / "math.jsonl", qwen):
-        assert problem.expert_ids == qwen.encode(problem.trace)
         assert problem.cuts == sorted(set(problem.cuts)) and len(problem.cuts) < 10
         numbers = re.findall(r"\d[\d,]*\.?\d*", problem.question)
         asked = {number.strip(".,").replace(",", "") for number in numbers}
         for cut in problem.cuts:
             anchor = qwen.decode(problem.expert_ids[:cut])
-            assert 0 < cut < len(problem.expert_ids) and problem.trace.startswith(anchor)
-            assert "####" not in anchor and "\\boxed" not in anchor
+            assert problem.trace.startswith(anchor) and not re.search(r"####|\\boxed", anchor)
             # A plain reading of the rule, apart from the code's: numbers that the question does not show.
             if problem.answer.isdigit() and problem.answer not in asked:
                 assert not re.search(rf"(?<![\d.,]){problem.answer}(?![\d,]|\.\d)", anchor), problem.id
