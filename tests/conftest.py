@@ -1,7 +1,7 @@
-"""What every test needs: the root on the path, Triton's interpreter where there is no GPU, a small set of
-problems."""
+"""What every test needs: the root on the path, Triton's interpreter, a small set of problems, its flags."""
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,27 +12,21 @@ ROOT = Path(__file__).resolve().parent.parent
 CHAIN = ROOT / "examples" / "chain"
 sys.path.insert(0, str(ROOT))
 
-# Triton reads this variable when a kernel is defined, its own helpers included: before any import of triton.
+# Triton reads it when a kernel is defined, its own helpers included: before any import of triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if "gpu" in item.keywords:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture
 def interpreter_without_two_faults(monkeypatch):
-    """Triton's interpreter multiplies bfloat16 by its bits, as integers; that of 3.6 fails at range() with
-    numpy 2.4.
-
-    Its scalars are arrays of shape (1,), which numpy 2.4 no longer takes as numbers; triton 3.9 knows
-    that.
-    """
+    """Triton's interpreter multiplies bfloat16 by its bits, as integers; that of 3.6 fails at range(), as its
+    scalars are arrays of shape (1,), which numpy 2.4 no longer takes as numbers."""
     if torch.cuda.is_available():
         return
     import numpy as np
@@ -77,10 +71,9 @@ def one_thread():
 
 
 def read_lines(path):
-    """A .jsonl file as a list of dicts, [] if there is none; words that are not JSON (NaN, Infinity) are
-    refused."""
+    """A .jsonl file as a list of dicts, [] if there is none; NaN and Infinity are no JSON."""
     def refuse(constant):
-        raise AssertionError(f"{path.name} holds {constant}, which is not JSON")
+        raise AssertionError(f"{path.name} holds {constant}")
     text = path.read_text() if path.exists() else ""
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
@@ -99,3 +92,12 @@ def data(tmp_path_factory):
             row["question"] = " ".join(row["question"].split()[:6])
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+@pytest.fixture(scope="session")
+def flags(data):
+    """flags(output, "--lr 1e-4"): the command line of a small run, as a list; later flags win."""
+    paths = ["--model", f"{CHAIN / 'model'}", "--data", f"{data / 'train.jsonl'}", "--eval-data",
+             f"{data / 'heldout.jsonl'}", "--output"]
+    small = "--device cpu --steps 2 --eval-every 2 --problems-per-step 3 --max-new-tokens 72 --lr 1e-3"
+    return lambda output, more="": [*paths, f"{output}", *small.split(), *shlex.split(more)]

@@ -1,14 +1,11 @@
-"""Claims about parallel.py: master weights, and several processes that do what one does and lose nothing when
-one dies.
+"""Claims about parallel.py: master weights, and several processes that do what one does and lose nothing.
 
-Processes are real: started by torchrun on this machine, joined over gloo, on the CPU. They train the
-embedded example at a small learning rate: sums in another order differ in their last bits, which AdamW may
-turn into a share of --lr.
+Processes are real: started by torchrun on this machine, joined over gloo, on the CPU. They train the embedded
+example at a small learning rate: sums in another order differ in their last bits, which AdamW may turn into a
+share of --lr.
 """
 import copy
-import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -19,15 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 import bread
-from conftest import CHAIN, ROOT, read_lines
+from conftest import ROOT, read_lines
 from model import Transformer
 from parallel import MasterAdamW, Ranks
 
-LR = 1e-5
 pytestmark = pytest.mark.usefixtures("one_thread")  # as the processes have it: OMP_NUM_THREADS=1
-
-
-# ---------------------------------------------------------------- one process
 
 
 class Late(Ranks):
@@ -39,14 +32,11 @@ class Late(Ranks):
 
 
 def test_one_process_joins_nobody_and_loses_no_signal():
-    """Every method gives back what it was given. A signal that comes when all have said that there was
-    none ends the run after the next step; the second one of its kind is the system's again."""
-    ranks = Ranks("cpu")
-    items = [1, 2, 3]
-    assert (ranks.rank, ranks.size, ranks.device) == (0, 1, torch.device("cpu"))
-    assert ranks.share(items) == items and ranks.gather(items) == [items] and ranks.from_first(items) is items
-    counts = {"a": 1, "b": 2.5}
-    assert ranks.total(counts) == ranks.collect(counts) == counts
+    """A signal that comes when all have said that there was none ends the run after the next step; the second
+    one of its kind is the system's again."""
+    ranks, items = Ranks("cpu"), {"a": 1, "b": 2.5}
+    assert ranks.share([1, 2, 3]) == [1, 2, 3] and ranks.gather(items) == [items]
+    assert ranks.from_first(items) == ranks.total(items) == ranks.collect(items) == items
     late = Late("cpu")
     assert [late.interrupted(), late.interrupted(), late.signal] == [False, True, signal.SIGINT]
     before = signal.getsignal(signal.SIGTERM)
@@ -59,29 +49,6 @@ def test_one_process_joins_nobody_and_loses_no_signal():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_owners_balance_the_optimizer_state(size):
-    """Every parameter of a model has one owner, the same on every process; no load exceeds another by more
-    than the smallest parameter that its owner holds, whatever the order."""
-    ranks = Ranks("cpu")
-    ranks.size = size
-    D, I = 896, 4864
-    layer = [D * D, D, D * 128, 128, D * 128, 128, D * D, D * I, D * I, I * D, D, D]
-    for sizes in ([151936 * 896, *layer * 24, 896], [*layer * 3, 7], [5] * 16, list(range(1, 40))):
-        owners = ranks.owners(sizes)
-        assert owners == ranks.owners(sizes) and len(owners) == len(sizes) and set(owners) == set(range(size))
-        held = [[x for x, owner in zip(sizes, owners) if owner == rank] for rank in range(size)]
-        assert all(sum(mine) - min(map(sum, held)) <= min(mine) for mine in held)
-
-
-def step(optimizer, number, lr=1e-6):
-    """One step with gradients drawn by number; returns their norm."""
-    generator = torch.Generator().manual_seed(number)
-    for weight in optimizer.weights:
-        weight.grad = torch.randn(weight.shape, generator=generator).to(weight.dtype)
-    return optimizer.step(lr, max_norm=1e-3)
-
-
 def test_float32_masters_add_up_what_bf16_weights_would_lose():
     """AdamW moves a weight by about lr = 1e-6 a step. A bf16 weight of 0.1 has neighbours 5e-4 away, so a
     single step leaves it where it is; 600 steps must not. Masters are float32, weights their rounding."""
@@ -89,61 +56,55 @@ def test_float32_masters_add_up_what_bf16_weights_would_lose():
     start = weight.detach().clone()
     optimizer = MasterAdamW([weight], Ranks("cpu"))
     for number in range(600):
+        assert number != 1 or torch.equal(weight, start)
         weight.grad = torch.ones_like(weight)
         optimizer.step(1e-6, max_norm=1.0)
-        if number == 0:
-            assert torch.equal(weight, start) and (optimizer.masters[0] < start.float()).all()
-    master = optimizer.masters[0]
+    master = optimizer.state()["0.master"]
     assert master.dtype == torch.float32 and torch.equal(weight, master.bfloat16()) and (weight < start).all()
     torch.testing.assert_close(master, start.float() - 600e-6, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_optimizers_state_survives_a_round_trip(dtype):
-    """A second optimizer that restores it steps on bit for bit, weights and moments; float32 weights are
-    their own masters. Another model's state is refused. The norm is that before clipping, moments get the
-    clipped gradient, and a parameter without a gradient counts as 0."""
+    """A second optimizer that restores it steps on bit for bit; another model's state is refused. The norm is
+    that before clipping, moments get the clipped gradient, and float32 weights are their own masters."""
     def make(*shapes):
         generator = torch.Generator().manual_seed(0)
         weights = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
         return MasterAdamW(weights, Ranks("cpu"), weight_decay=0.1)
+
+    def step(optimizer, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for weight in optimizer.weights:
+            weight.grad = torch.randn(weight.shape, generator=generator).to(dtype)
+        assert optimizer.step(1e-2, max_norm=1e-3) > 1
+        assert all(weight.grad is None for weight in optimizer.weights)
     first, second = make((3, 4), (5,)), make((3, 4), (5,))
-    norm = step(first, 1, lr=1e-2)
-    moments = torch.cat([first.state()[f"{i}.exp_avg"].flatten() for i in (0, 1)])
-    assert norm > 1 and moments.norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-3)  # (1 - beta_1) clip
-    second.restore(copy.deepcopy(first.state()))
-    with torch.no_grad():
-        second.hand_out()
-    for optimizer in (first, second):
-        assert step(optimizer, 2, lr=1e-2) > 1 and all(weight.grad is None for weight in optimizer.weights)
-    ours, theirs = first.state(), second.state()
-    assert ours.keys() == theirs.keys() == {f"{i}.{name}" for i in (0, 1) for name in
-                                            ("master", "exp_avg", "exp_avg_sq", "step")}
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert all(torch.equal(a, b) for a, b in zip(first.weights, second.weights))
     assert (first.masters[0] is first.weights[0]) == (dtype == torch.float32)
+    step(first, 1)
+    moments = torch.cat([first.state()[f"{i}.exp_avg"].flatten() for i in (0, 1)])
+    assert moments.norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-3)  # (1 - beta_1) clip
+    second.restore(copy.deepcopy(first.state()))
+    step(first, 2)
+    step(second, 2)
+    ours, theirs = first.state(), second.state()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(torch.equal(a, b) for a, b in zip(first.weights, second.weights))
     for others in (make((3, 5), (5,)), make((3, 4), (5,), (2,))):
         with pytest.raises(ValueError, match="other shapes"):
             others.restore(ours)
-    assert first.step(1e-2, max_norm=1.0) == 0
-
-
-# ---------------------------------------------------------------- several processes
 
 
 def torchrun(num, script, *argv):
-    """(exit code, stdout, stderr) of `torchrun --nproc-per-node NUM script argv`, all on the loopback
-    interface.
-
-    The agent chooses a free port itself (--standalone). If it hangs it is told to end its processes, too.
-    """
+    """(exit code, stdout, stderr) of a script in several processes, joined over the loopback interface. The
+    agent chooses a free port itself; if it hangs it is told to end its processes, too."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
                "--nproc-per-node", f"{num}", f"{script}", *argv]
-    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}"}
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}"}
     if sys.platform == "linux":  # whatever this machine's name resolves to
         variables["GLOO_SOCKET_IFNAME"] = "lo"
-    process = subprocess.Popen(command, env=os.environ | variables, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=variables, stdout=pipe, stderr=pipe, text=True)
     try:
         out, err = process.communicate(timeout=200)
         return process.returncode, out, err
@@ -153,7 +114,7 @@ def torchrun(num, script, *argv):
 
 
 THREE = """
-import pathlib, torch, torch.distributed as dist
+import torch
 from parallel import MasterAdamW, Ranks
 
 ranks = Ranks("cpu")
@@ -165,10 +126,8 @@ for length in range(8):
 assert ranks.total({"all": 2**53 - 3 + rank, f"{rank}": 0.5}) == {
     "all": 3 * 2**53 - 6, "0": 0.5, "1": 0.5, "2": 0.5}
 assert ranks.from_first({"rank": rank}) == {"rank": 0}
-everything = {f"{i}.{name}": torch.full(shape, float(i)) for i in range(5) for name, shape in
-              (("master", (i, 2)), ("step", ()), ("moment", (2, i)))}
-everything["1.master"] = torch.nn.Parameter(torch.ones(3, 4)[:, ::2])
-everything["2.moment"] = torch.arange(4).bfloat16()
+everything = {"0": torch.ones(0, 2), "1": torch.tensor(3.0), "2": torch.arange(4).bfloat16(),
+              "4": torch.nn.Parameter(torch.arange(12.0).view(3, 4)[:, ::2])}
 whole = ranks.collect({name: x for name, x in everything.items() if int(name[0]) % 3 == rank})
 assert whole.keys() == (everything.keys() if rank == 0 else set())
 for name, x in whole.items():
@@ -185,56 +144,50 @@ for loss, expected in ((0.0, 20**0.5 * (0 + 1 + 2)), (float("nan") if rank == 1 
     assert norm is expected is None or abs(norm - expected) < 1e-6
     assert all(torch.equal(a, b) for a, b in zip(before, weights)) == (expected is None)
     for weight in weights:
-        theirs = ranks.gather(weight.detach())
-        assert all(torch.equal(weight, other) for other in theirs)
+        assert all(torch.equal(weight, other) for other in ranks.gather(weight.detach()))
 assert len(optimizer.state()) == (16 if rank == 0 else 0)
 ranks.leave()
-pathlib.Path(__file__).with_name(f"{rank}.done").touch()
 """
 
 
 def test_three_processes_share_sum_collect_and_step(tmp_path):
-    """Lists of 0 to 7 items are dealt and come back; sums are exact beyond 2^53; rank 0 gets every tensor,
-    empty, scalar, strided and bf16 ones included, others none. An optimizer step sums the gradients of
-    all, a missing one counting as 0, and hands every new weight to everybody; where one has a NaN nobody
-    steps."""
+    """Sums are exact beyond 2^53; parameters are dealt out; rank 0 gets every tensor, of whatever shape. A
+    step sums all gradients, a missing one counting as 0; where one rank has a NaN nobody steps."""
     (tmp_path / "three.py").write_text(THREE)
     code, _, err = torchrun(3, tmp_path / "three.py")
     assert code == 0, err
-    assert sorted(path.name for path in tmp_path.glob("*.done")) == ["0.done", "1.done", "2.done"]
+
+
+# Three problems a step, two of which belong to one of two processes; every failed problem without an anchor
+# gets its expert's trace, so that every step has a gradient.
+STEPS = ("--steps 4 --save-every 2 --on-fail expert --lr 1e-5 --updates-per-batch 2 --micro-batch-size 5 "
+         "--weight-decay 0.1 ")
+
+
+def train(num, argv):
+    """Stdout of a run by so many processes, which must end well."""
+    if num == 1:
+        assert bread.main(argv) == 0
+        return ""
+    code, out, err = torchrun(num, ROOT / "bread.py", *argv)
+    assert code == 0, err
+    return out
 
 
 @pytest.fixture(scope="module")
-def flags(data):
-    """flags(output, ...): four steps of three problems, two of which belong to one of two processes; every
-    failed problem without an anchor gets its expert's trace, so that every step has a gradient."""
-    def make(output, *more):
-        return ["--model", f"{CHAIN / 'model'}", "--data", f"{data / 'train.jsonl'}", "--eval-data",
-                f"{data / 'heldout.jsonl'}", "--output", f"{output}", "--device", "cpu", "--steps", "4",
-                "--save-every", "2", "--eval-every", "2", "--problems-per-step", "3", "--max-new-tokens",
-                "72", "--on-fail", "expert", "--lr", f"{LR}", "--updates-per-batch", "2",
-                "--micro-batch-size", "5", "--weight-decay", "0.1", *more]
-    return make
-
-
-@pytest.fixture(scope="module")
-def whole(flags, tmp_path_factory):
-    """The folder of the run by one process, not interrupted; it holds checkpoint-2 and checkpoint-4."""
-    path = tmp_path_factory.mktemp("whole")
-    assert bread.main(flags(path)) == 0
-    return path
+def runs(flags, tmp_path_factory):
+    """{number of processes: (folder, stdout) of the run that was not interrupted}."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {num: (folder / f"{num}", train(num, flags(folder / f"{num}", STEPS))) for num in (1, 2)}
 
 
 def assert_same_run(folder, whole):
-    """Logs: tokens, counts, probes and evaluations equal, other numbers to float32 rounding; of samples,
-    the first of a step, for the process that writes has none of the other's rollouts. Checkpoint: names
-    and shapes; weights and masters within 1e-6, a tenth of what one update moves them by; moments to 1e-3
-    of the largest of their tensor."""
-    probes, samples, metrics = ([read_lines(path / f"{name}.jsonl") for path in (folder, whole)]
-                                for name in ("probes", "samples", "metrics"))
+    """Tokens, counts, probes and evaluations equal, other numbers to float32 rounding. Weights and masters
+    within 1e-6, a tenth of what one update moves them by; moments to 1e-3 of the largest of their tensor."""
+    probes, metrics = ([read_lines(path / f"{name}.jsonl") for path in (folder, whole)]
+                       for name in ("probes", "metrics"))
     assert sorted(map(str, probes[0])) == sorted(map(str, probes[1]))
-    firsts = [list({row["step"]: row for row in reversed(rows)}.values()) for rows in samples]
-    for ours, theirs in [*zip(*firsts, strict=True), *zip(*metrics, strict=True)]:
+    for ours, theirs in zip(*metrics, strict=True):
         assert ours.keys() == theirs.keys()
         for name in (name for name in theirs if not name.startswith("seconds/")):
             is_count = name.split("/")[0] in ("step", "tokens", "anchor", "eval", "reward", "skipped_updates")
@@ -250,25 +203,35 @@ def assert_same_run(folder, whole):
             torch.testing.assert_close(found[key], tensor, rtol=0, atol=atol)
 
 
-# As bread.py, but each process notes its exit code, which checkpoints there are by then and the largest
-# object that it sent to others, and lets the other do so, too, before it exits.
+def test_two_processes_do_what_one_does(runs):
+    """Tokens, searches, metrics, and a checkpoint that differs by rounding; only one of them speaks. And the
+    comparison means something: anchors were accepted, weights have moved."""
+    (whole, _), (folder, out) = runs[1], runs[2]
+    assert_same_run(folder, whole)
+    assert out.count("step 4/4") == 1 and out.count("method   bread") == 1
+    rows = read_lines(whole / "metrics.jsonl")[1:]
+    assert sum(row["anchor/accepted"] for row in rows) >= 2 and all(row["grad_norm"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("saved_by, resumed_by", [(2, 1), (1, 2)])
+def test_any_number_of_processes_resumes_what_others_have_saved(flags, runs, tmp_path, saved_by, resumed_by):
+    """From step 2 on it ends where the run by one ended; each finds its part of the optimizer's state."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs[saved_by][0], folder)
+    shutil.rmtree(folder / "checkpoint-4")
+    train(resumed_by, flags(folder, STEPS + "--resume"))
+    assert_same_run(folder, runs[1][0])
+
+
+# As bread.py, but each process notes its exit code and which checkpoints there are by then, and lets the
+# other do so, too, before it exits.
 NOTING = """
-import os, pathlib, pickle, sys, time
-import torch.distributed as dist
+import os, pathlib, sys, time
 import bread
 
-where = pathlib.Path(sys.argv.pop(1))
-sizes = []
-gather = dist.all_gather_object
-
-def all_gather_object(parts, mine):
-    sizes.append(len(pickle.dumps(mine)))
-    gather(parts, mine)
-
-dist.all_gather_object = all_gather_object
+where = pathlib.Path(__file__).parent
 code = bread.main()
 saved = sorted(path.name for path in (where / "run").glob("checkpoint-*"))
-(where / f"size-{os.environ['RANK']}").write_text(f"{max(sizes)}")
 (where / f"code-{os.environ['RANK']}").write_text(f"{code} {' '.join(saved)}")
 until = time.monotonic() + 30
 while len(list(where.glob("code-*"))) < 2 and time.monotonic() < until:
@@ -290,119 +253,41 @@ def method(policy, problems, state):
 """
 
 
-def noting(where, *argv):
-    """(exit code, stderr, stdout, {rank: its note}) of two processes that run NOTING in the folder
-    `where`."""
-    (where / "noting.py").write_text(NOTING)
-    code, out, err = torchrun(2, where / "noting.py", f"{where}", *argv)
-    return code, err, out, {path.name[-1]: path.read_text() for path in where.glob("code-*")}
-
-
-@pytest.fixture(scope="module")
-def shared(flags, tmp_path_factory):
-    """(folder around it, stdout) of the same run by two processes."""
-    where = tmp_path_factory.mktemp("shared")
-    code, err, out, notes = noting(where, *flags(where / "run"))
-    assert code == 0 and notes == dict.fromkeys("01", "0 checkpoint-2 checkpoint-4"), err
-    return where, out
-
-
-def until_step_2(folder, copied):
-    """A copy of a run's folder as it was when step 2 had been saved."""
-    shutil.copytree(folder, copied)
-    shutil.rmtree(copied / "checkpoint-4")
-    return copied
-
-
-def test_two_processes_do_what_one_does_and_send_no_rollout(whole, shared):
-    """Same tokens sampled, same anchors searched and found, same metrics, and a checkpoint that differs by
-    rounding. Only one of them speaks, and the comparison means something: anchors were accepted, weights
-    have moved. Nothing that was sent, gradients and weights apart, is as large as the ids and log-probs of
-    one of two groups of 8 rollouts."""
-    where, out = shared
-    assert_same_run(where / "run", whole)
-    assert out.count("step 4/4") == 1 and out.count("method   bread") == 1
-    assert sum(row.get("anchor/accepted", 0) for row in read_lines(whole / "metrics.jsonl")) >= 2
-    start = load_file(CHAIN / "model" / "model.safetensors")
-    final = load_file(whole / "checkpoint-4" / "model.safetensors")
-    assert max((final[name].float() - start[name].float()).abs().max().item() for name in start) > 3 * LR
-    mean_length = min(row["completions/mean_length"] for row in read_lines(whole / "metrics.jsonl")[1:])
-    a_group = 8 * len(pickle.dumps([[1000] * round(mean_length), [-0.1] * round(mean_length)]))
-    assert max(int((where / f"size-{rank}").read_text()) for rank in (0, 1)) < a_group
-
-
-def test_one_process_resumes_what_two_have_saved(flags, whole, shared, tmp_path):
-    """Step 2 of the run by two, continued by one, ends where the run by one ended."""
-    folder = until_step_2(shared[0] / "run", tmp_path / "run")
-    assert bread.main(flags(folder, "--resume")) == 0
-    assert_same_run(folder, whole)
-
-
-def test_two_processes_resume_what_one_has_saved(flags, whole, tmp_path):
-    """And the other way round; each process finds its own part of the optimizer's state."""
-    folder = until_step_2(whole, tmp_path / "run")
-    code, _, err = torchrun(2, ROOT / "bread.py", *flags(folder, "--resume"))
-    assert code == 0, err
-    assert_same_run(folder, whole)
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_signal_to_one_process_ends_the_run_with_all_that_was_saved(flags, whole, tmp_path, number):
-    """To one of two in step 3. SIGKILL: torchrun fails, neither gets to its end, the checkpoint of step 2
-    loads. SIGINT: both finish the step and exit with 130, and the one that does not save waits for the one
-    that does, which torchrun would otherwise tell to end, and kill half a minute later. The run resumes
-    and ends where the unbroken one did."""
+@pytest.mark.parametrize("number, note, steps", [
+    (signal.SIGKILL, None, [0, 1, 2]), (signal.SIGINT, "130 checkpoint-2 checkpoint-3", [0, 1, 2, 3])])
+def test_a_signal_to_one_process_ends_the_run_with_what_was_saved(flags, runs, tmp_path, number, note, steps):
+    """To one of two in step 3. SIGKILL: torchrun fails, what step 2 saved is there. SIGINT: both finish the
+    step and exit with 130; the one that does not save waits for the other, else torchrun would kill it."""
+    (tmp_path / "noting.py").write_text(NOTING)
     (tmp_path / "method.py").write_text(BREAKING.format(number=int(number)))
-    command = flags(tmp_path / "run", "--method", f"{tmp_path / 'method.py'}:method")
-    code, err, _, notes = noting(tmp_path, *command)
+    command = flags(tmp_path / "run", f"{STEPS} --method {tmp_path / 'method.py'}:method")
+    code, _, err = torchrun(2, tmp_path / "noting.py", *command)
     assert code != 0 and "bread.py: " not in err, err
-    is_kill = number == signal.SIGKILL
-    assert notes == ({} if is_kill else dict.fromkeys("01", "130 checkpoint-2 checkpoint-3"))
-    steps = [row["step"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")]
-    assert steps == ([0, 1, 2] if is_kill else [0, 1, 2, 3])
+    notes = {path.name[-1]: path.read_text() for path in tmp_path.glob("code-*")}
+    assert notes == ({"0": note, "1": note} if note else {})
+    assert [row["step"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")] == steps
     Transformer.from_pretrained(tmp_path / "run" / "checkpoint-2")
     (tmp_path / "method.py").write_text("import bread\nmethod = bread.bread\n")
-    assert bread.main([*command, "--resume"]) == 0
-    assert_same_run(tmp_path / "run", whole)
-
-
-# ---------------------------------------------------------------- more processes than problems, other options
+    train(1, [*command, "--resume"])
+    assert_same_run(tmp_path / "run", runs[1][0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [
-    ["--kl", "0.05", "--importance-cap", "1.5", "--loss-mean", "sequence", "--recompute", "--on-fail",
-     "resample"],
-    ["--method", "grpo", "--no-std", "--sample-batch-size", "5", "--warmup-steps", "3"],
-    ["--method", "sft", "--lr-decay", "0.5"],
-    ["--anchor-placement", "hint", "--temperature", "0.8"]], ids=lambda options: options[1])
+    "--kl 0.05 --importance-cap 1.5 --loss-mean sequence --recompute --on-fail resample",
+    "--method grpo --no-std --sample-batch-size 5 --warmup-steps 3", "--method sft --lr-decay 0.5",
+    "--anchor-placement hint --temperature 0.8"])
 def test_three_processes_with_two_problems_do_what_one_does(flags, tmp_path, options):
-    """One process has nothing to sample and nothing to train on in any step, but its part of the
-    optimizer's state and one of three held-out problems: the same run as by one process, whatever the
-    options."""
-    more = ["--problems-per-step", "2", *options]
-    assert bread.main(flags(tmp_path / "one", *more)) == 0
-    code, _, err = torchrun(3, ROOT / "bread.py", *flags(tmp_path / "three", *more))
-    assert code == 0, err
-    assert_same_run(tmp_path / "three", tmp_path / "one")
-    assert all(row["grad_norm"] > 0 for row in read_lines(tmp_path / "one" / "metrics.jsonl") if row["step"])
+    """One has nothing to sample or train on, but a part of the optimizer's state and a held-out problem."""
+    for num in (1, 3):
+        train(num, flags(tmp_path / f"{num}", f"{STEPS} --problems-per-step 2 {options}"))
+    assert_same_run(tmp_path / "3", tmp_path / "1")
+    assert all(row["grad_norm"] > 0 for row in read_lines(tmp_path / "1" / "metrics.jsonl") if row["step"])
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_and_refuse_as_one_does(flags, data, tmp_path, capsys):
-    """--eval prints one line, the same as by one process, and leaves no folder. Bad input of which only
-    the process that writes knows, a folder with a run in it, ends all of them, and not after an hour."""
-    command = ["--model", f"{CHAIN / 'model'}", "--eval", "--eval-data", f"{data / 'heldout.jsonl'}",
-               "--max-new-tokens", "72", "--eval-samples", "4", "--device", "cpu", "--output",
-               f"{tmp_path / 'eval'}"]
-    assert bread.main(command) == 0
-    expected = capsys.readouterr().out.splitlines()[-1]
-    code, out, err = torchrun(2, ROOT / "bread.py", *command)
-    assert code == 0, err
-    assert "greedy" in expected and out.splitlines()[-1] == expected and out.count("greedy") == 1
-    assert not (tmp_path / "eval").exists()
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text("{}")
-    for more in ([], ["--resume"]):
-        code, _, err = torchrun(2, ROOT / "bread.py", *flags(tmp_path / "run", *more))
-        assert code != 0 and err.count("bread.py: ") == 1 and "--overwrite" in err
+def test_bad_input_that_one_process_knows_of_ends_all(flags, tmp_path):
+    """A folder with a run in it, which the process that writes sees; and not after an hour."""
+    (tmp_path / "run.json").write_text("{}")
+    code, _, err = torchrun(2, ROOT / "bread.py", *flags(tmp_path))
+    assert code != 0 and err.count("bread.py: ") == 1 and "--overwrite" in err
