@@ -213,8 +213,8 @@ def test_what_becomes_of_a_failed_group_without_anchor(make, method, on_fail, ad
 
 
 def test_resampling_is_one_batched_call_and_equals_separate_ones(make):
-    """The failed groups get their second try in one prefill; since noise depends on ids alone, the samples are
-    those of a call for each. The group that did not fail is left alone."""
+    """The failed groups get their second try in one prefill; since noise depends on ids alone, the samples
+    are those of a call for each. The group that did not fail is left alone."""
     policy, problems = make(lambda problem, cut: problem.id == "train-5", on_fail="resample")
     groups = bread.sample_groups(policy, [(problem, 0) for problem in problems[4:8]], 3, "base")
     before = policy.counts["tokens/prefilled"]
@@ -298,8 +298,8 @@ def test_loss_and_gradient_equal_trls_padded_and_packed(case):
 @pytest.mark.parametrize("low, high", [(0.2, 0.2), (0.1, 0.28), (0.0, 0.0)])
 @pytest.mark.parametrize("mean", ["token", "sequence", "dr_grpo"])
 def test_loss_equals_a_float64_loop_over_tokens(mean, low, high):
-    """One token at a time in plain numbers, ratios on both sides of the clip; Dr.GRPO's mean (TRL's "dr_grpo")
-    is a sum over all B x T places, whatever the lengths."""
+    """One token at a time in plain numbers, ratios on both sides of the clip; Dr.GRPO's mean (TRL's
+    "dr_grpo") is a sum over all B x T places, whatever the lengths."""
     B, T = 6, 9
     rng = random.Random(f"{mean} {low}")
     lengths = [rng.randint(1, T) for _ in range(B)]
