@@ -25,6 +25,7 @@ accepted cut is skipped (--on-fail); the loss is a token mean, clipped at 0.2, w
 Dimension key: G rollouts of a group   N sampled tokens of a micro-batch, end to end   D hidden size
 """
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -183,24 +184,25 @@ def train(config):
     evaluate(policy, ranks, held_out, state, folder)
     is_stuck = False
     ended = state.progress(config) >= 1
-    while not ended:
-        lr = learning_rate(config, state)
-        batch = ranks.share(next_problems(problems, config, state.step))
-        with report.clock(state.seconds, "sample"):
-            groups = method(policy, batch, state)                                       # 1, 2, 3
-        set_advantages(groups, divide_by_std=not config.no_std)                         # 4
-        with report.clock(state.seconds, "update"):
-            sums, norms = update(policy, optimizer, ranks, groups, lr, loss_of)         # 5
-        state.step += 1
-        state.skipped_updates += norms.count(None)
-        told = ranks.gather(policy.tell(groups, sums, state.memory))
-        state.count(told)
-        evaluate(policy, ranks, held_out, state, folder)
-        log.step(folder, state, told, groups, {"lr": lr, "grad_norm": report.mean(norms)})
-        is_stuck = optimizer.skipped_in_a_row >= config.max_skipped_updates
-        ended = state.progress(config) >= 1 or ranks.interrupted() or is_stuck
-        if ended or config.save_every and state.step % config.save_every == 0:
-            save(policy, optimizer, folder, state)
+    with keeping_tracebacks():
+        while not ended:
+            lr = learning_rate(config, state)
+            batch = ranks.share(next_problems(problems, config, state.step))
+            with report.clock(state.seconds, "sample"):
+                groups = method(policy, batch, state)                                   # 1, 2, 3
+            set_advantages(groups, divide_by_std=not config.no_std)                     # 4
+            with report.clock(state.seconds, "update"):
+                sums, norms = update(policy, optimizer, ranks, groups, lr, loss_of)     # 5
+            state.step += 1
+            state.skipped_updates += norms.count(None)
+            told = ranks.gather(policy.tell(groups, sums, state.memory))
+            state.count(told)
+            evaluate(policy, ranks, held_out, state, folder)
+            log.step(folder, state, told, groups, {"lr": lr, "grad_norm": report.mean(norms)})
+            is_stuck = optimizer.skipped_in_a_row >= config.max_skipped_updates
+            ended = ranks.interrupted() or is_stuck or state.progress(config) >= 1
+            if ended or config.save_every and state.step % config.save_every == 0:
+                save(policy, optimizer, folder, state)
     log.closing(folder, state, is_example=config.model == str(EXAMPLE / "model"))
     ranks.leave()
     if is_stuck:
@@ -313,7 +315,7 @@ def search_anchors(policy, problems, step):
     """Episode Anchor Search for all failed problems in lockstep: {problem id: accepted group, or None}.
 
     Every search names a cut, one batched branch serves them all, the groups go back. Question and trace of
-    each problem are prefilled once, however many probes follow.
+    each problem are prefilled once, however many probes follow (a hint is another prompt for each).
     """
     trunk = None
     if problems and policy.config.anchor_placement == "prefill":
@@ -615,6 +617,15 @@ def save(policy, optimizer, folder, state):
         # Tokenizer files come from --model: checkpoints come and go.
         write_model = functools.partial(policy.model.save_pretrained, companions=policy.config.model)
         folder.save(state.step, write_model, tensors, dataclasses.asdict(state))
+
+
+@contextlib.contextmanager
+def keeping_tracebacks():
+    """Once training has begun, a ValueError is no bad input but a bug, of ours or of a user's method."""
+    try:
+        yield
+    except (ValueError, FloatingPointError) as error:
+        raise RuntimeError(f"training broke off: {error}") from error
 
 
 def evaluate_only(config):

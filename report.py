@@ -45,7 +45,7 @@ def clock(seconds, phase):
     try:
         yield
     finally:
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # else the tail of this phase's work would count in the next
         seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - began
 
@@ -57,9 +57,11 @@ def count_groups(groups):
     """What a step's groups add up to, {"groups/...": number}; sums of several ranks add."""
     counts = collections.Counter()
     for group in groups:
+        if group[0].finish_reason == "expert":  # nobody sampled it: it has no reward, no length and no anchor
+            continue
         counts["groups"] += 1
         counts["groups/flat"] += not any(rollout.advantage for rollout in group)
-        if group[0].cut and group[0].finish_reason != "expert":
+        if group[0].cut:
             counts["groups/anchored"] += 1
             counts["groups/anchor_share"] += group[0].cut / len(group[0].problem.expert_ids)
         for rollout in group:

@@ -384,7 +384,7 @@ def decode_attention(q_RHC, keys_RKSC, values_RKSC, lengths_R, trunk_keys_KNC, t
     longest = int(lengths_R.max())
     own_keys_ZSC = keys_RKSC[:, :, :longest].transpose(0, 1).flatten(0, 1)  # Z = K R
     own_values_ZSC = values_RKSC[:, :, :longest].transpose(0, 1).flatten(0, 1)
-    q_KRGC = q_RHC.unflatten(1, (K, -1)).transpose(0, 1).contiguous().mul_(C**-0.5)
+    q_KRGC = q_RHC.unflatten(1, (K, -1)).transpose(0, 1).contiguous() * C**-0.5
     own_KRGS = torch.bmm(q_KRGC.flatten(0, 1), own_keys_ZSC.mT).unflatten(0, (K, R))
     if int(lengths_R.min()) < longest:
         is_unused_RGS = torch.arange(longest, device=q_RHC.device) >= lengths_R.view(R, 1, 1)

@@ -25,10 +25,10 @@ OURS = {path.stem for path in ROOT.glob("*.py")} | {"kernels"}
 # kernels 600; 3,400 together) left out of its drawing: in bread.py reading, resuming and what ranks tell each
 # other (145 lines), in packing.py micro-batches, in config.py a user's functions, in parallel.py signals, in
 # model.py that a head under a quarter of the memory takes 34 lines.
-LINES = {"bread.py": 650, "config.py": 162, "model.py": 510, "sampler.py": 475, "packing.py": 210,
+LINES = {"bread.py": 661, "config.py": 162, "model.py": 510, "sampler.py": 475, "packing.py": 210,
          "parallel.py": 220, "traces.py": 320, "data.py": 220, "rewards.py": 250, "checkpoint.py": 232,
-         "report.py": 262, "kernels": 530}
-SHIPPED_LINES = 3815  # 4,035 once data.py is there
+         "report.py": 264, "kernels": 530}
+SHIPPED_LINES = 3828  # 4,048 once data.py is there
 TEST_LINES = 4975  # 4,500 were asked for; 289 of these prove the methods and the search, which are new
 BENCH_LINES = 1800
 

@@ -309,12 +309,13 @@ def rollout(reward=0.0, advantage=0.0, cut=0, tokens=3, finish_reason="stop", en
 
 
 def test_counts_of_groups_become_metrics():
-    """A plain group, one behind 4 of 10 tokens, a flat one, and an expert's trace, which is no anchor and has
-    no entropy. Sums of two ranks add; each metric is a mean over what it speaks of, and of nothing null."""
+    """A plain group, one behind 4 of 10 tokens, a flat one, one that ends in an expert's trace, which is no
+    anchor and has no entropy; a trace alone counts nowhere. Sums of ranks add; a mean of nothing is null."""
     groups = [[rollout(1.0, 1.0), rollout(0.0, -1.0, tokens=5, finish_reason="length")],
               [rollout(1.0, 1.0, cut=4), rollout(0.0, -1.0, cut=4)], [rollout(), rollout()],
-              [rollout(1.0, 1.0, cut=10, tokens=11, finish_reason="expert", entropy=None),
-               rollout(0.0, -1.0)]]
+              [rollout(0.0, -1.0),
+               rollout(1.0, 1.0, cut=10, tokens=11, finish_reason="expert", entropy=None)],
+              [rollout(1.0, 1.0, cut=10, tokens=99, finish_reason="expert", entropy=None)]]
     row = report.step_metrics(report.count_groups(groups[:2]) + report.count_groups(groups[2:]))
     expected = {"reward/train": 3 / 8, "frac_reward_zero_std": 1 / 4, "anchor/accepted": 1,
                 "anchor/fraction": 0.4, "completions/mean_length": (6 * 3 + 5 + 11) / 8,
