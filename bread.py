@@ -542,8 +542,8 @@ def read_problems(policy, path, say):
     if len(usable) < needed:
         raise ValueError(f"{path}: {len(usable)} usable problems, but a step needs {needed}: add some whose "
                          "traces end in their answers, or lower --problems-per-step")
-    # A hint repeats the anchor inside the prompt, with a line of its own.
-    longest = max(len(p.prompt_ids) for p in usable) + HINT_ROOM * (config.anchor_placement == "hint")
+    hint_room = HINT_ROOM if config.anchor_placement == "hint" else 0  # for a line around the anchor's text
+    longest = max(len(p.prompt_ids) for p in usable) + hint_room
     if longest + config.max_new_tokens > window:
         raise ValueError(f"{path}: a prompt of {longest} tokens and --max-new-tokens {config.max_new_tokens} "
                          f"exceed the model's {window} positions; lower --max-new-tokens to "

@@ -152,19 +152,19 @@ class Log:
         self.num_parameters = sum(weight.numel() for weight in policy.model.parameters())
         self.num_expert_tokens = sum(len(problem.expert_ids) for problem in problems)
         dtype = next(policy.model.parameters()).dtype
-        kernels = "Triton kernels" if policy.ops else "plain PyTorch"
         options = []
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
             if value != field.default and field.name not in NOT_OPTIONS:
-                options += [f"--{field.name.replace('_', '-')}"] + [str(value)] * (field.type is not bool)
+                value = "" if field.type is bool else f" {value}"
+                options.append(f"--{field.name.replace('_', '-')}{value}")
         each = f"{config.group_size} rollouts of at most {config.max_new_tokens} tokens"
         if config.method == "sft":
             each = "the expert's trace"
         held_out = f", {len(held_out)} held out in {config.eval_data}" if held_out else ""
         self.say(f"method   {config.method}")
         self.say(f"model    {config.model}: {self.num_parameters / 1e6:.2f}M parameters, {dtype} on "
-                 f"{policy.device}, {kernels}")
+                 f"{policy.device}, {'Triton kernels' if policy.ops else 'plain PyTorch'}")
         self.say(f"data     {config.data}: {len(problems)} problems{held_out}")
         self.say(f"output   {config.output}")
         self.say(f"options  {' '.join(options) or 'all defaults'}")
