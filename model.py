@@ -10,6 +10,7 @@ Dimension key, used as a suffix of tensor names:
 import json
 import math
 import shutil
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -165,11 +166,21 @@ def rotate(x_BTHC, cos_BT1C, sin_BT1C):
     return torch.addcmul(x_BTHC * cos_BT1C, x_BTHC.roll(x_BTHC.shape[-1] // 2, -1), sin_BT1C)
 
 
-class RMSNorm(nn.RMSNorm):
+def rms_norm(x, weight, eps):
     """x / rms(x) in float32, cast down, then times the weight (in this order: it matters in bf16)."""
+    return weight * F.rms_norm(x, x.shape[-1:], eps=eps)
 
-    def forward(self, x):
-        return self.weight * F.rms_norm(x, self.normalized_shape, eps=self.eps)
+
+def add_rms_norm(x, y, weight, eps):
+    """(x + y, its norm): what a block adds to the residual stream, and what the next part of it reads."""
+    total = x + y
+    return total, rms_norm(total, weight, eps)
+
+
+def swiglu(x):
+    """[ gate | up ] -> silu(gate) * up, half as wide."""
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 class Linear(nn.Linear):
@@ -204,18 +215,18 @@ class Attention(nn.Module):
         self.o_proj = Linear(H * C, D, bias=config.attention_bias)
         self.has_norms = config.model_type == "qwen3"
         if self.has_norms:
-            self.q_norm = RMSNorm(C, config.rms_norm_eps)
-            self.k_norm = RMSNorm(C, config.rms_norm_eps)
+            self.q_norm = nn.RMSNorm(C, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(C, config.rms_norm_eps)
 
-    def forward(self, x_BTD, cos_BT1C, sin_BT1C, cache):
+    def forward(self, x_BTD, cos_BT1C, sin_BT1C, cache, ops):
         B, T, _ = x_BTD.shape
         H, K = self.heads
         # Queries and keys are treated alike, so they stay one tensor, of H + K heads, as long as that lasts.
         qk_BTHC, v_BTKC = self.qkv_proj(x_BTD).view(B, T, H + 2 * K, -1).split((H + K, K), 2)
         if self.has_norms:
             weight_HC = torch.cat((self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(K, -1)))
-            qk_BTHC = weight_HC * F.rms_norm(qk_BTHC, qk_BTHC.shape[-1:], eps=self.q_norm.eps)
-        qk_BHTC = rotate(qk_BTHC, cos_BT1C, sin_BT1C).transpose(1, 2)
+            qk_BTHC = ops.rms_norm(qk_BTHC, weight_HC, self.q_norm.eps)
+        qk_BHTC = ops.rotate(qk_BTHC, cos_BT1C, sin_BT1C).transpose(1, 2)
         q_BHTC, k_BKTC = qk_BHTC.split((H, K), 1)
         v_BKTC = v_BTKC.transpose(1, 2)
         if cache is None:
@@ -235,22 +246,24 @@ class MLP(nn.Module):
         self.gate_up_proj.parts = {"gate_proj": inner, "up_proj": inner}
         self.down_proj = Linear(inner, D, bias=config.mlp_bias)
 
-    def forward(self, x_BTD):
-        gate, up = self.gate_up_proj(x_BTD).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
+    def forward(self, x_BTD, ops):
+        return self.down_proj(ops.swiglu(self.gate_up_proj(x_BTD)))
 
 
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD, cos_BT1C, sin_BT1C, cache):
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_BT1C, sin_BT1C, cache)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+    def forward(self, x_BTD, cos_BT1C, sin_BT1C, cache, ops):
+        eps = self.input_layernorm.eps
+        normed_BTD = ops.rms_norm(x_BTD, self.input_layernorm.weight, eps)
+        out_BTD = self.self_attn(normed_BTD, cos_BT1C, sin_BT1C, cache, ops)
+        x_BTD, normed_BTD = ops.add_rms_norm(x_BTD, out_BTD, self.post_attention_layernorm.weight, eps)
+        return x_BTD + self.mlp(normed_BTD, ops)
 
 
 class Transformer(nn.Module):
@@ -262,10 +275,11 @@ class Transformer(nn.Module):
         self.source = source or {}  # the parsed config.json, saved with all fields that we do not know
         self.recompute = recompute  # a block's activations in the backward pass, instead of keeping them
         self.folder = None  # where from_pretrained read it; never saved to
+        self.ops = None  # a module with the four functions above, faster and without gradients: kernels/
         self.model = nn.ModuleDict({  # so named because checkpoints call their tensors "model.layers.0..."
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers)),
-            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+            "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps)})
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:  # one matrix, read as (token -> D) and as (D -> token)
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -279,14 +293,15 @@ class Transformer(nn.Module):
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).unsqueeze(0)
+        ops = self.ops if self.ops and not torch.is_grad_enabled() else sys.modules[__name__]
         hidden_BTD = self.model.embed_tokens(tokens_BT)
-        cos_BT1C, sin_BT1C = self.rope(positions_BT, hidden_BTD.dtype)
+        shared = *self.rope(positions_BT, hidden_BTD.dtype), cache, ops
         for block in self.model.layers:
             if self.recompute and torch.is_grad_enabled():
-                hidden_BTD = checkpoint(block, hidden_BTD, cos_BT1C, sin_BT1C, cache, use_reentrant=False)
+                hidden_BTD = checkpoint(block, hidden_BTD, *shared, use_reentrant=False)
             else:
-                hidden_BTD = block(hidden_BTD, cos_BT1C, sin_BT1C, cache)
-        return self.model.norm(hidden_BTD)
+                hidden_BTD = block(hidden_BTD, *shared)
+        return ops.rms_norm(hidden_BTD, self.model.norm.weight, self.model.norm.eps)
 
     def rope(self, positions_BT, dtype):
         """[cos | cos] and [-sin | sin] of every position's angles, as `rotate` uses them: (B, T, 1, C)."""

@@ -1,7 +1,7 @@
 """Attention of one decode step for rows that share prefixes: each prefix is read once per tile of rows.
 
     row r attends to [ trunk[:, begin : begin + length]  ;  its own tokens 0 .. lengths_R[r] - 1 ]
-                       shared by the rows of its tiles      written by the sampler, one per step
+                       shared by the rows of its tiles      the last of them is stored by this step
 
 Keys are cut into chunks. With scores x_j = q . k_j, c = log2(e) / sqrt(C), m = max_j x_j a chunk leaves m,
 
@@ -13,7 +13,7 @@ and a second launch merges all chunks i of a query, with the largest maximum M =
 
 (Hydragen, arXiv 2402.05099; flash-decoding). Lengths are read from the device, grids depend on shapes only: a
 captured CUDA graph stays valid while rows grow, end and move. K/V bytes per step for R = 256 rows of 512
-prefix and 512 own tokens, M = 16, K = 2, C = 128, bf16: 143 MB, and 6 MB of chunks; with copied prefixes 268.
+prefix and 512 own tokens, M = 8, K = 2, C = 128, bf16: 151 MB, and 6 MB of chunks; with copied prefixes 268.
 
 Dimensions: R rows, H query heads, K key/value heads, C head size, S capacity for own tokens, N tokens of the
     trunk, T tiles, M rows of a tile, L lanes (queries of one program: rows x H/K heads, padded), P splits.
@@ -45,7 +45,8 @@ class PrefixTiles(typing.NamedTuple):
 
 @triton.jit
 def _attend_chunk(q_ptrs, k_ptr, v_ptr, stride, partial_L, live_L, length, split, splits, acc_ptr, max_ptr,
-                  sum_ptr, c, C: tl.constexpr, LANES: tl.constexpr, BLOCK_N: tl.constexpr):
+                  sum_ptr, c, C: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr,
+                  BLOCK_N: tl.constexpr):
     # k_ptr, v_ptr: first key and value of the prefix or own tokens; partial_L: where lane l's result goes.
     chunk = tl.cdiv(length, splits * BLOCK_N) * BLOCK_N  # keys per split: whole steps, the last may be ragged
     start = split * chunk
@@ -53,25 +54,28 @@ def _attend_chunk(q_ptrs, k_ptr, v_ptr, stride, partial_L, live_L, length, split
     # None for a tile whose rows have all ended. Counted: in a `while` loop no copies run ahead (cp.async).
     steps = tl.max(tl.where(live_L, tl.cdiv(end - start, BLOCK_N), 0), axis=0)
     if steps > 0:
-        channels = tl.arange(0, C)
-        q = tl.load(q_ptrs[:, None] + channels[None, :], mask=live_L[:, None], other=0.0)
+        channels = tl.arange(0, BLOCK_C)  # those past C are 0 in q, k and v: they add nothing
+        is_channel = (channels < C)[None, :]
+        is_live = live_L[:, None] & is_channel
+        q = tl.load(q_ptrs[:, None] + channels[None, :], mask=is_live, other=0.0)
         m = tl.full([LANES], -float("inf"), tl.float32)
         s = tl.full([LANES], 0.0, tl.float32)
-        acc = tl.full([LANES, C], 0.0, tl.float32)
+        acc = tl.full([LANES, BLOCK_C], 0.0, tl.float32)
         keys = start + tl.arange(0, BLOCK_N)
         offsets = tl.arange(0, BLOCK_N)[:, None] * stride + channels[None, :]
         k_ptr += start.to(tl.int64) * stride
         v_ptr += start.to(tl.int64) * stride
         for _ in range(0, steps):
             # Unused capacity may hold NaN, and 0 * NaN is NaN: what lies past the end is not read, but 0.
-            k = tl.load(k_ptr + offsets, mask=(keys < end)[:, None], other=0.0)
+            is_key = (keys < end)[:, None] & is_channel
+            k = tl.load(k_ptr + offsets, mask=is_key, other=0.0)
             x = tl.dot(q, tl.trans(k), input_precision="ieee")
             x = tl.where((keys < end)[None, :], x, -float("inf"))
             m_new = tl.maximum(m, tl.max(x, axis=1))  # finite: every step has a key
             p = tl.exp2((x - m_new[:, None]) * c)  # subtract, then scale: exact near the peak
             rescale = tl.exp2((m - m_new) * c)
             s = s * rescale + tl.sum(p, axis=1)
-            v = tl.load(v_ptr + offsets, mask=(keys < end)[:, None], other=0.0)
+            v = tl.load(v_ptr + offsets, mask=is_key, other=0.0)
             acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
             m = m_new
             keys += BLOCK_N
@@ -79,15 +83,17 @@ def _attend_chunk(q_ptrs, k_ptr, v_ptr, stride, partial_L, live_L, length, split
             v_ptr += BLOCK_N * stride
         tl.store(max_ptr + partial_L, m, mask=live_L)
         tl.store(sum_ptr + partial_L, s, mask=live_L)
-        tl.store(acc_ptr + partial_L[:, None] * C + channels[None, :], acc, mask=live_L[:, None])
+        tl.store(acc_ptr + partial_L[:, None] * C + channels[None, :], acc, mask=is_live)
 
 
 # One compiled kernel per model: a number that is 1 or a multiple of 16 would otherwise get one of its own.
+# Distances of tokens are constants: the compiler then sees how many channels it may load at once.
 @triton.jit(do_not_specialize=["T", "prefix_splits", "own_splits"])
-def _partial_kernel(q_ptr, keys_ptr, values_ptr, lengths_ptr, trunk_keys_ptr, trunk_values_ptr, rows_ptr,
-                    begins_ptr, prefix_lengths_ptr, acc_ptr, max_ptr, sum_ptr, own_stride_r, own_stride_k,
-                    own_stride_s, trunk_stride_k, trunk_stride_n, T, prefix_splits, own_splits, c,
-                    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
+def _partial_kernel(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, lengths_ptr, trunk_keys_ptr, trunk_values_ptr,
+                    rows_ptr, begins_ptr, prefix_lengths_ptr, acc_ptr, max_ptr, sum_ptr, q_stride, k_stride,
+                    v_stride, own_stride_r, own_stride_k, own_stride_s: tl.constexpr, trunk_stride_k,
+                    trunk_stride_n: tl.constexpr, T, prefix_splits, own_splits, c, H: tl.constexpr,
+                    K: tl.constexpr, C: tl.constexpr, M: tl.constexpr, BLOCK_C: tl.constexpr,
                     TILE_LANES: tl.constexpr, ROW_LANES: tl.constexpr, BLOCK_N: tl.constexpr):
     G: tl.constexpr = H // K
     P = prefix_splits + own_splits
@@ -99,28 +105,42 @@ def _partial_kernel(q_ptr, keys_ptr, values_ptr, lengths_ptr, trunk_keys_ptr, tr
         tile = pid // (K * prefix_splits)
         lane_L = tl.arange(0, TILE_LANES)
         row_L = tl.load(rows_ptr + tile * M + lane_L // G, mask=lane_L < M * G, other=-1).to(tl.int64)
-        query_L = row_L * H + head * G + lane_L % G
+        query_L = head * G + lane_L % G
         at = head * trunk_stride_k + tl.load(begins_ptr + tile).to(tl.int64) * trunk_stride_n
-        _attend_chunk(q_ptr + query_L * C, trunk_keys_ptr + at, trunk_values_ptr + at, trunk_stride_n,
-                      query_L * P + split, row_L >= 0, tl.load(prefix_lengths_ptr + tile), split,
-                      prefix_splits, acc_ptr, max_ptr, sum_ptr, c, C, TILE_LANES, BLOCK_N)
+        _attend_chunk(q_ptr + row_L * q_stride + query_L * C, trunk_keys_ptr + at, trunk_values_ptr + at,
+                      trunk_stride_n, (row_L * H + query_L) * P + split, row_L >= 0,
+                      tl.load(prefix_lengths_ptr + tile), split, prefix_splits, acc_ptr, max_ptr, sum_ptr, c,
+                      C, BLOCK_C, TILE_LANES, BLOCK_N)
     else:
         nth = pid - num_prefix
         own_split = nth % own_splits
         own_head = (nth // own_splits % K).to(tl.int64)
         row = (nth // (K * own_splits)).to(tl.int64)
         lane_G = tl.arange(0, ROW_LANES)  # H/K queries, padded to the 16 rows of a tensor-core instruction
-        query_G = row * H + own_head * G + lane_G
+        query_G = own_head * G + lane_G
         own_at = row * own_stride_r + own_head * own_stride_k
-        _attend_chunk(q_ptr + query_G * C, keys_ptr + own_at, values_ptr + own_at, own_stride_s,
-                      query_G * P + prefix_splits + own_split, lane_G < G, tl.load(lengths_ptr + row),
-                      own_split, own_splits, acc_ptr, max_ptr, sum_ptr, c, C, ROW_LANES, BLOCK_N)
+        length = tl.load(lengths_ptr + row)
+        # As in flash_attn_with_kvcache the step's key and value are stored here, a launch less: by the one
+        # program that reads position length - 1. Any thread of it may read them: hence the barrier.
+        chunk = tl.cdiv(length, own_splits * BLOCK_N) * BLOCK_N
+        channels = tl.arange(0, BLOCK_C)
+        is_last = (own_split * chunk < length) & (length <= (own_split + 1) * chunk)
+        is_new = channels < tl.where(is_last, C, 0)
+        new_at = own_at + (length - 1).to(tl.int64) * own_stride_s + channels
+        k = tl.load(k_ptr + row * k_stride + own_head * C + channels, mask=is_new)
+        v = tl.load(v_ptr + row * v_stride + own_head * C + channels, mask=is_new)
+        tl.store(keys_ptr + new_at, k, mask=is_new)
+        tl.store(values_ptr + new_at, v, mask=is_new)
+        tl.debug_barrier()
+        _attend_chunk(q_ptr + row * q_stride + query_G * C, keys_ptr + own_at, values_ptr + own_at,
+                      own_stride_s, (row * H + query_G) * P + prefix_splits + own_split, lane_G < G, length,
+                      own_split, own_splits, acc_ptr, max_ptr, sum_ptr, c, C, BLOCK_C, ROW_LANES, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["num_places", "prefix_splits", "own_splits"])
 def _merge_kernel(acc_ptr, max_ptr, sum_ptr, lengths_ptr, rows_ptr, prefix_lengths_ptr, out_ptr, num_places,
                   prefix_splits, own_splits, c, H: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
-                  PLACES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+                  BLOCK_C: tl.constexpr, PLACES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
     row = tl.program_id(0)
     head = tl.program_id(1)
     # The row looks for its tile (T * M numbers, from the cache) instead of being told: a table less to keep.
@@ -136,15 +156,16 @@ def _merge_kernel(acc_ptr, max_ptr, sum_ptr, lengths_ptr, rows_ptr, prefix_lengt
     chunk = tl.cdiv(length, splits * BLOCK_N) * BLOCK_N
     written = (nth < splits) & (nth * chunk < length)
     partial = (row.to(tl.int64) * H + head) * (prefix_splits + own_splits) + split
-    channels = tl.arange(0, C)
+    channels = tl.arange(0, BLOCK_C)
+    is_acc = written[:, None] & (channels < C)[None, :]
     m = tl.load(max_ptr + partial, mask=written, other=-float("inf"))
     s = tl.load(sum_ptr + partial, mask=written, other=0.0)
-    acc = tl.load(acc_ptr + partial[:, None] * C + channels[None, :], mask=written[:, None], other=0.0)
+    acc = tl.load(acc_ptr + partial[:, None] * C + channels[None, :], mask=is_acc, other=0.0)
     peak = tl.max(m, axis=0)
     w = tl.exp2((m - tl.where(peak == -float("inf"), 0.0, peak)) * c)  # no keys: all weights 0, not NaN
     total = tl.sum(w * s, axis=0)
     out = tl.sum(w[:, None] * acc, axis=0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + (row.to(tl.int64) * H + head) * C + channels, out.to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + (row.to(tl.int64) * H + head) * C + channels, out, mask=channels < C)
 
 
 def _num_splits(programs, keys):
@@ -152,29 +173,33 @@ def _num_splits(programs, keys):
     return max(1, min(wanted, triton.cdiv(keys, SHORTEST_CHUNK), MAX_SPLITS))
 
 
-def _launch_options(lanes, C, dtype):
+def _launch_options(lanes, BLOCK_C, dtype):
     is_wide = dtype == torch.float32  # no tensor cores here: smaller tiles keep it inside the registers
-    num_warps = 8 if lanes * C > (2048 if is_wide else 8192) else 4
+    num_warps = 8 if lanes * BLOCK_C > (2048 if is_wide else 8192) else 4
     return {"BLOCK_N": 16 if is_wide else 32, "num_warps": num_warps, "num_stages": 2 if is_wide else 3}
 
 
-def decode_attention(q_RHC, keys_RKSC, values_RKSC, lengths_R, trunk_keys_KNC, trunk_values_KNC, tiles):
-    """Attention of one new token per row over [its prefix in the trunk ; its own tokens], scaled by C**-0.5.
+def decode_attention(q_RHC, new, own, lengths_R, trunk, tiles):
+    """Attention of one new token per row over [its prefix in the trunk ; its own tokens] -> out_RHC.
 
-    q_RHC: bfloat16, float16 or float32, on CUDA, C a power of 2 from 16 to 256. keys_RKSC, values_RKSC: R
-    rows or more, of which lengths_R (int32, 0 to S) tokens count. trunk_keys_KNC, trunk_values_KNC: all
-    prefixes. Keys and values have q's dtype and like strides, the last 1. Returns out_RHC in q's dtype, zeros
-    for a row without any key; softmax and sums are float32. No gradient. Raises ValueError for other shapes,
-    dtypes, strides, sizes. Numbers in lengths and tiles are not checked: that would wait for the GPU.
+    Pairs of keys and values: new (R, K, C), of this token, are stored as the last of each row's own first.
+    own (R, K, S, C), of R rows or more: the first lengths_R (int32) count, the new token included; a row of
+    length 0 stores none, and without any key gives zeros. trunk (K, N, C). Scaled by C**-0.5; softmax and
+    sums are float32. No gradient. bfloat16, float16 or float32, on CUDA, C even, at most 256; rows of q and
+    new may be far apart, of own and trunk only the last stride has to be 1. Raises ValueError for others.
+    Numbers in lengths and tiles are not checked: that would wait for the GPU.
     """
-    _check(q_RHC, keys_RKSC, values_RKSC, lengths_R, trunk_keys_KNC, trunk_values_KNC, tiles)
+    BLOCK_C = max(16, triton.next_power_of_2(q_RHC.shape[-1]))  # what tensor cores take
+    _check(BLOCK_C, q_RHC, *new, *own, *trunk, lengths_R, *tiles[:3])
     R, H, C = q_RHC.shape
-    K, S = keys_RKSC.shape[1:3]
+    K, S = own[0].shape[1:3]
     T, M = tiles.rows_TM.shape
     tile_lanes = max(16, triton.next_power_of_2(M * H // K))
-    options = _launch_options(tile_lanes, C, q_RHC.dtype)
-    prefix_splits = _num_splits((T + R) * K, tiles.max_prefix)
-    own_splits = _num_splits((T + R) * K, S)
+    options = _launch_options(tile_lanes, BLOCK_C, q_RHC.dtype)
+    # How many programs have work is a guess: a table has room for a tile per row, rows that share fill T / M.
+    busy = (T // M + R) * K
+    prefix_splits = _num_splits(busy, tiles.max_prefix)
+    own_splits = _num_splits(busy, S)
     P = prefix_splits + own_splits
     c = math.log2(math.e) * C**-0.5
     acc_RHPC = torch.empty((R, H, P, C), dtype=torch.float32, device=q_RHC.device)
@@ -182,40 +207,41 @@ def decode_attention(q_RHC, keys_RKSC, values_RKSC, lengths_R, trunk_keys_KNC, t
     out_RHC = torch.empty((R, H, C), dtype=q_RHC.dtype, device=q_RHC.device)
     with torch.cuda.device_of(q_RHC):  # Triton launches on the current device, not on the tensors'
         _partial_kernel[(K * (T * prefix_splits + R * own_splits),)](
-            q_RHC.contiguous(), keys_RKSC, values_RKSC, lengths_R, trunk_keys_KNC, trunk_values_KNC,
-            tiles.rows_TM, tiles.begins_T, tiles.lengths_T, acc_RHPC, max_RHP, sum_RHP,
-            *keys_RKSC.stride()[:3], *trunk_keys_KNC.stride()[:2], T, prefix_splits, own_splits, c, H, K, C,
-            M, tile_lanes, max(16, triton.next_power_of_2(H // K)), **options, enable_fp_fusion=True)
+            q_RHC, *new, *own, lengths_R, *trunk, *tiles[:3], acc_RHPC, max_RHP, sum_RHP, q_RHC.stride(0),
+            new[0].stride(0), new[1].stride(0), *own[0].stride()[:3], *trunk[0].stride()[:2], T,
+            prefix_splits, own_splits, c, H, K, C, M, BLOCK_C, tile_lanes,
+            max(16, triton.next_power_of_2(H // K)), **options, enable_fp_fusion=True)
         _merge_kernel[(R, H)](
             acc_RHPC, max_RHP, sum_RHP, lengths_R, tiles.rows_TM, tiles.lengths_T, out_RHC, T * M,
-            prefix_splits, own_splits, c, H, C, M, triton.next_power_of_2(max(1, T * M)),
-            triton.next_power_of_2(P), options["BLOCK_N"], num_warps=max(4, C // 32), enable_fp_fusion=True)
+            prefix_splits, own_splits, c, H, C, M, BLOCK_C, triton.next_power_of_2(max(1, T * M)),
+            triton.next_power_of_2(P), options["BLOCK_N"], num_warps=max(4, BLOCK_C // 32),
+            enable_fp_fusion=True)
     return out_RHC
 
 
-def _check(q_RHC, keys_RKSC, values_RKSC, lengths_R, trunk_keys_KNC, trunk_values_KNC, tiles):
-    caches = keys_RKSC, values_RKSC, trunk_keys_KNC, trunk_values_KNC
-    tables = lengths_R, tiles.rows_TM, tiles.begins_T, tiles.lengths_T
-    shapes = [tuple(x.shape) for x in (q_RHC, *caches, *tables)]
-    dtypes = [x.dtype for x in (q_RHC, *caches, *tables)]
-    strides = [x.stride() for x in caches]
-    R, H, C = q_RHC.shape[-3:]
-    K, N = trunk_keys_KNC.shape[:2]
-    T, M = tiles.rows_TM.shape
-    own = (max(R, len(keys_RKSC)), K, *keys_RKSC.shape[2:3], C)
-    if shapes != [(R, H, C), own, own, (K, N, C), (K, N, C), (R,), (T, M), (T,), (T,)] or H % K:
-        raise ValueError(f"decode_attention: {shapes} given, not (R, H, C), (R, K, S, C) twice, (K, N, C) "
-                         "twice, (R,), (T, M), (T,), (T,), H a multiple of K: type q[:, :, 0], lengths[:R]")
-    # 64 accumulators per thread of 8 warps: twice as many spill.
-    if C not in (16, 32, 64, 128, 256) or M * (H // K) * C > 16384:
-        raise ValueError(f"decode_attention: C = {C}, M = {M}, H/K = {H // K} given, not C = 16 .. 256 and "
-                         f"M H/K C <= 16384: type M = {16384 // C // (H // K)}, or use the one of sampler.py")
-    is_here = q_RHC.is_cuda or not isinstance(_partial_kernel, triton.JITFunction)  # that is, interpreted
-    if not is_here or q_RHC.dtype.itemsize > 4 or dtypes != [q_RHC.dtype] * 5 + [torch.int32] * 4:
-        raise ValueError(f"decode_attention: {dtypes} on {q_RHC.device} given: type q.to(keys), "
+def _check(BLOCK_C, *tensors):
+    shapes = [tuple(x.shape) for x in tensors]
+    dtypes = [x.dtype for x in tensors]
+    strides = [x.stride() for x in tensors[3:7]]
+    one_row = [x[:1] for x in tensors[:3]]  # its heads are dense, wherever the next row is
+    R, H, C = shapes[0][-3:]
+    K, N = shapes[5][:2]
+    T, M = shapes[8]
+    own = (max(R, shapes[3][0]), K, *shapes[3][2:3], C)
+    expected = [(R, H, C), *[(R, K, C)] * 2, own, own, *[(K, N, C)] * 2, (R,), (T, M), (T,), (T,)]
+    if shapes != expected or H % K:
+        raise ValueError(f"decode_attention: {shapes} given, not {expected}, H a multiple of K: type "
+                         "q[:, :, 0], lengths[:R]")
+    most = 16384 // (BLOCK_C * H // K)  # rows; 64 accumulators per thread of 8 warps: twice as many spill
+    if C % 2 or C > 256 or M > most:
+        raise ValueError(f"decode_attention: C = {C}, M = {M}, H/K = {H // K} given, not C even, <= 256, and "
+                         f"M <= {most}: type M = {most}, or use the one of sampler.py")
+    is_here = tensors[0].is_cuda or not isinstance(_partial_kernel, triton.JITFunction)  # or interpreted
+    if not is_here or dtypes[0].itemsize > 4 or dtypes != dtypes[:1] * 7 + [torch.int32] * 4:
+        raise ValueError(f"decode_attention: {dtypes} on {tensors[0].device} given: type q.to(keys), "
                          "lengths.to(torch.int32), .cuda(), or use decode_attention of sampler.py")
     # Copying here would run in every layer of every step, so the caller makes them dense once.
-    is_dense = {x[-1] for x in strides} == {1} and all(x.is_contiguous() for x in tables)
-    if strides[::2] != strides[1::2] or not is_dense:
+    is_dense = all(x.is_contiguous() for x in (*one_row, *tensors[7:])) and {x[-1] for x in strides} == {1}
+    if not is_dense or strides[::2] != strides[1::2]:
         raise ValueError(f"decode_attention: keys and values of strides {strides} given, not alike, 1 last, "
-                         "or lengths, tiles with gaps: type .contiguous() where they are made")
+                         "or gaps in q, k, v, lengths, tiles: type .contiguous() where they are made")
