@@ -35,8 +35,12 @@ import sys
 from pathlib import Path
 
 # Threads that spin at barriers collapse as soon as another program takes a core (10 to 40 times slower,
-# measured); threads that sleep do not. Has to be set before torch is imported.
+# measured), threads that sleep at once make a tiny model half as fast: they spin for some microseconds, and
+# then sleep. Has to be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# cuDNN, which torch prefers for attention, plans anew for every length that it meets.
+os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
 import torch
 
 import model as plain
@@ -46,7 +50,7 @@ from config import load_function, parse_args
 from packing import Prefixes, forward_suffixes, make_batches
 from parallel import MasterAdamW, Ranks
 from rewards import extract_answer, math_reward, parse_gold
-from sampler import Fork, SamplingParams, branch, prefill
+from sampler import Fork, Places, SamplingParams, branch, prefill
 from traces import Problem, Tokenizer, load_problems
 
 EXAMPLE = Path(__file__).resolve().parent / "examples" / "chain"
@@ -112,15 +116,36 @@ class Policy:
         self.tokenizer = Tokenizer.from_pretrained(config.model)
         self.model = plain.Transformer.from_pretrained(weights, device, dtype, recompute=config.recompute)
         self.reference = plain.Transformer.from_pretrained(config.model, device, dtype) if config.kl else None
-        self.ops = None  # plain PyTorch
-        # The kernels' tiles want head sizes that are powers of two.
-        if device.type == "cuda" and self.model.config.head_dim in (16, 32, 64, 128, 256):
+        self.ops = None     # plain PyTorch
+        self.places = None  # new ones for every call
+        if device.type == "cuda":
             import kernels  # needs triton, which a CPU run does not
-            self.ops = kernels
+            self.ops = self.model.ops = kernels
         # What happened on this rank since `tell`:
         self.counts = collections.Counter()
         self.shown = {}
         self.probes = []
+
+    def reserve(self, problems, held_out, say):
+        """On CUDA: places for the whole run, for which a decode step is captured once. Their K/V may take a
+        third of the memory that is free."""
+        if self.ops is None:
+            return
+        config = self.config
+        shape = self.model.config
+        free_bytes, _ = torch.cuda.mem_get_info(self.device)
+        token_bytes = 4 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim  # K, V in bf16
+        traces = sorted(len(problem.prompt_ids) + len(problem.expert_ids) for problem in problems)
+        prompts = sorted(len(problem.prompt_ids) for problem in held_out)
+        trunk = max(sum(traces[-config.problems_per_step:]), sum(prompts[-config.sample_batch_size:]))
+        rows = (free_bytes // 3 // token_bytes - 2 * trunk) // config.max_new_tokens
+        rows = max(1, min(rows, config.sample_batch_size))
+        # The attention kernel has room for heads of at most 256 channels.
+        ops = self.ops if shape.head_dim <= 256 else None
+        longest = max(traces[-1:] + prompts[-1:], default=0)
+        self.places = Places(self.model, rows, ops, config.max_new_tokens, trunk, longest)
+        say(f"K/V while sampling: ({rows} rows x {config.max_new_tokens} new tokens + 2 x {trunk} of prompts "
+            f"and traces) x {token_bytes / 1000:g} kB, at most a third of {free_bytes / 1e9:.3g} GB free")
 
     def context(self, problem, cut):
         """(prompt ids, anchor ids): what the policy reads before it writes, by --anchor-placement."""
@@ -171,14 +196,14 @@ def train(config):
     saved, notes = ranks.from_first(folder.latest() if folder else (None, []))
     log = report.Log(config, ranks.rank == 0, notes)
     policy = Policy(config, ranks.device, saved or config.model)
-    problems = read_problems(policy, config.data, log.say)
-    held_out = read_problems(policy, config.eval_data, log.say)
+    problems, held_out = (read_problems(policy, path, log.say) for path in (config.data, config.eval_data))
     method = load_function("--method", config.method, METHODS)
     loss_of = getattr(method, "loss", batch_loss)
     optimizer = MasterAdamW(policy.model.parameters(), ranks, config.weight_decay)
     if ranks.rank == 0 and not folder:  # not before everything was read: bad input leaves nothing behind
         folder = RunFolder(config.output, overwrite=config.overwrite)
     state = begin(config, ranks, folder, optimizer, saved, log.say)
+    policy.reserve(problems, held_out, log.say)
     log.opening(policy, problems, held_out, state)
 
     evaluate(policy, ranks, held_out, state, folder)
@@ -252,7 +277,8 @@ def sample_groups(policy, points, step, purpose, trunk=None, group_size=None, te
         sequence = sequence_of[problem.id] if sequence_of else i
         forks.append(Fork(sequence, len(context[0] + context[1]), row_ids, config.max_new_tokens - cut))
     groups = []
-    sampled = branch(policy.model, cache, forks, params, config.sample_batch_size, policy.ops)
+    places = policy.places or Places(policy.model, config.sample_batch_size)
+    sampled = branch(policy.model, cache, forks, params, places)
     for (problem, cut), context, completions in zip(points, contexts, sampled):
         group = [policy.judge(problem, cut, context, completion) for completion in completions]
         groups.append(group)
@@ -635,6 +661,7 @@ def evaluate_only(config):
     policy = Policy(config, ranks.device, config.model)
     log = report.Log(config, ranks.rank == 0)
     held_out = read_problems(policy, config.eval_data, log.say)
+    policy.reserve([], held_out, log.say)
     evaluate(policy, ranks, held_out, state, None)
     log.say(f"{len(held_out)} problems, no anchors: greedy {state.evals[-1]['eval/greedy']:.1%}, "
             f"sampled {state.evals[-1]['eval/accuracy']:.1%}")

@@ -13,17 +13,19 @@ at once (Hydragen, arXiv 2402.05099; bifurcated attention, 2403.08845).
 
 `branch` is one loop for every device: rows of any age share a batch of fixed places, a place that falls idle
 goes to a waiting row, and when none waits the batch shrinks. Devices differ in `ops`: `decode_attention`,
-`PrefixTiles`, `sample`. Those below are plain PyTorch; with Triton's (kernels/) a step on CUDA is one graph.
+`PrefixTiles`, `sample`, `capture`. Those below are plain PyTorch; with Triton's (kernels/) a step on CUDA is
+one graph, captured once and replayed as long as the places are kept.
 
 Works with any model that has `model(tokens_BT, positions_BT, cache) -> hidden_BTD`, `model.logits(hidden)`
 and calls `cache.attend(layer, q_BHTC, k_BKTC, v_BKTC) -> out_BHTC` in its layers. Only torch is imported.
 
 Dimension key: R rows in a batch   V vocabulary   H query heads   K key/value heads, G = H / K   C head size
     N tokens of the trunk   T tiles of M rows   P tokens of a prefix   S own tokens   B, T, D as in the model
+    X rows, tile by tile   merged: Z = K R, Y = K T, L = M G
 """
-import collections
 import dataclasses
 import itertools
+import math
 import sys
 
 import torch
@@ -60,40 +62,37 @@ class Fork:
     max_new_tokens: int | None = None
 
 
-def generate(model, prompts, params, num_samples=1, **options):
+def generate(model, prompts, params, num_samples=1, places=None):
     """`num_samples` completions of every prompt: list of token-id lists -> list of lists of Completion.
-    Row ids are prompt index * num_samples + sample index; for control over them use `prefill` and `branch`,
-    whose other arguments are the options.
+    Row ids are prompt index * num_samples + sample index; for control over them use `prefill` and `branch`.
     """
     forks = []
     for i, prompt in enumerate(prompts):
         forks.append(Fork(i, len(prompt), tuple(range(i * num_samples, (i + 1) * num_samples))))
-    return branch(model, prefill(model, prompts), forks, params, **options)
+    return branch(model, prefill(model, prompts), forks, params, places)
 
 
 @torch.no_grad()
-def branch(model, trunk, forks, params, max_rows=256, ops=None):
+def branch(model, trunk, forks, params, places=None):
     """Sample every row of every fork to its end: list of Fork -> list (per fork) of lists of Completion.
-    At most `max_rows` rows are decoded at once. ops: a module with `decode_attention`, `PrefixTiles` and
-    `sample`, on CUDA that of kernels/; None: this one. What is sampled depends on neither. Raises ValueError
-    for a fork that lies outside its sequence or may not sample a token.
+    places: `Places(model, ...)`, worth keeping where steps are captured; None: new ones, at most 256. What is
+    sampled does not depend on them. Raises ValueError for a fork that lies outside its sequence or may not
+    sample a token.
     """
     rows = Rows(trunk, forks, params)
-    num_places = min(max_rows, rows.num)
-    batch = Places(model, trunk, rows, num_places, ops or sys.modules[__name__])
+    places = places or Places(model, min(256, rows.num))
+    places.open(trunk, rows)
     # Neighbours share a prefix, or at least about its length: less padding.
-    waiting = collections.deque(sorted(range(rows.num), key=lambda row: rows.prefixes[row][::-1]))
-    idle = list(range(num_places))
-    # On CUDA each size costs an eager step and a capture, and below 64 rows a step is hardly cheaper.
-    fullest, fewest = (0.5, 64) if trunk.hidden_ND.is_cuda else (0.875, 1)
-    while waiting or len(idle) < num_places:
+    waiting = sorted(range(rows.num), key=lambda row: rows.prefixes[row][::-1])
+    idle = list(range(places.size))
+    while waiting or len(idle) < places.size:
         # Admitting gathers prefixes and runs the head: worth it once an eighth of the places is idle.
-        if waiting and len(idle) >= num_places / 8:
-            batch.admit(idle, [waiting.popleft() for _ in idle[:len(waiting)]])
-        elif not waiting and num_places > fewest and num_places - len(idle) <= fullest * num_places:
-            num_places = max(num_places - len(idle), fewest)
-            batch.shrink(idle, num_places)
-        idle = batch.step()
+        if waiting and len(idle) >= places.size / 8:
+            places.admit(idle, waiting[:len(idle)])
+            del waiting[:len(idle)]
+        elif not waiting:
+            places.shrink(idle)
+        idle = places.step()
     return rows.completions(forks)
 
 
@@ -101,39 +100,59 @@ def branch(model, trunk, forks, params, max_rows=256, ops=None):
 
 
 class Trunk:
-    """K/V and last hidden states of whole sequences, end to end: keys[layer] is (K, N, C), sequence i lies at
-    starts[i] .. starts[i] + lengths[i]."""
+    """K/V and last hidden states of whole sequences: stored[2 * layer] (K, N, C) are keys, the next values.
+    Sequence i lies at starts[i] .. starts[i] + lengths[i] there and in hidden_ND, short ones first."""
 
     def __init__(self, lengths):
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        starts = itertools.accumulate((lengths[i] for i in order), initial=0)
         self.lengths = lengths
-        self.starts = [0, *itertools.accumulate(lengths)]
-        self.keys = []
-        self.values = []
+        self.starts = dict(zip(order, starts))
+        self.stored = []
         self.hidden_ND = None
-        self.queries_per_key = 1
-        self.members = []  # the sequences of the forward pass under way
+        self.queries_per_key = 1  # H / K
+
+
+class PrefillCache:
+    """The cache of one forward pass that fills a trunk: sequences `members`, end to end in one row (B = 1).
+    Lengths within 19% are a bucket: a layer takes as many attentions as there are buckets, not lengths."""
+
+    def __init__(self, trunk, members, device):
+        self.trunk = trunk
+        self.first = trunk.starts[members[0]]
+        self.buckets = []  # (B, T) each: where in the row their tokens are, padded
+        kept = []
+        for _, same in itertools.groupby(members, lambda i: int(4 * math.log2(trunk.lengths[i]))):
+            spans_B2 = torch.tensor([(trunk.starts[i] - self.first, trunk.lengths[i]) for i in same])
+            at_BT, is_padding_BT = padded_spans(*spans_B2.to(device).split(1, 1))
+            self.buckets.append(at_BT)
+            kept.append(~is_padding_BT.flatten())
+        self.kept_N = torch.cat(kept).nonzero().flatten()  # what of all buckets is no padding
 
     def attend(self, layer, q_BHTC, k_BKTC, v_BKTC):
-        """Store the K/V of one packed row (B = 1) of sequences; attention is causal inside each of them."""
+        """Store the row's K/V in the trunk; attention is causal inside each sequence."""
+        stored = self.trunk.stored
         _, K, T, C = k_BKTC.shape
-        if layer == len(self.keys):
-            self.queries_per_key = q_BHTC.shape[1] // K
-            self.keys.append(k_BKTC.new_empty(K, self.starts[-1], C))
-            self.values.append(k_BKTC.new_empty(K, self.starts[-1], C))
-        start = self.starts[self.members[0]]
-        self.keys[layer][:, start:start + T] = k_BKTC[0]
-        self.values[layer][:, start:start + T] = v_BKTC[0]
-        lengths = [self.lengths[i] for i in self.members]
-        parts = zip(*(x.split(lengths, dim=2) for x in (q_BHTC, k_BKTC, v_BKTC)))
-        outs = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts]
-        return torch.cat(outs, dim=2)
+        if 2 * layer == len(stored):
+            self.trunk.queries_per_key = q_BHTC.shape[1] // K
+            stored += [k_BKTC.new_empty(K, sum(self.trunk.lengths), C) for _ in range(2)]
+        for stored_KNC, x_BKTC in zip(stored[2 * layer:], (k_BKTC, v_BKTC)):
+            stored_KNC[:, self.first:self.first + T] = x_BKTC[0]
+        outs = []
+        for at_BT in self.buckets:
+            parts = [x[0].index_select(1, at_BT.flatten()) for x in (q_BHTC, k_BKTC, v_BKTC)]
+            parts = [x.unflatten(1, at_BT.shape).transpose(0, 1) for x in parts]
+            # Padding lies to the right, where no token looks.
+            out_BHTC = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+            outs.append(out_BHTC.transpose(0, 1).flatten(1, 2))
+        return torch.cat(outs, 1).index_select(1, self.kept_N).unsqueeze(0)
 
 
 @torch.no_grad()
-def prefill(model, sequences, tokens_per_pass=16384):
+def prefill(model, sequences, tokens_per_pass=4096):
     """Run whole token-id sequences through the model once and keep their K/V: list of lists -> Trunk.
-    Sequences are packed end to end, so nothing is spent on padding; a pass holds about `tokens_per_pass`
-    tokens. Raises ValueError where there is nothing to run.
+    Sequences are packed end to end, so that only attention meets padding; a pass holds about
+    `tokens_per_pass` tokens. Raises ValueError where there is nothing to run.
     """
     if not sequences or not all(sequences):
         raise ValueError("prefill needs at least one sequence, and every sequence at least one token")
@@ -141,14 +160,20 @@ def prefill(model, sequences, tokens_per_pass=16384):
     trunk = Trunk([len(sequence) for sequence in sequences])
     hiddens = []
     # A pass: the sequences that start within the same `tokens_per_pass` tokens.
-    for _, members in itertools.groupby(range(len(sequences)), lambda i: trunk.starts[i] // tokens_per_pass):
-        trunk.members = list(members)
-        tokens = [token for i in trunk.members for token in sequences[i]]
-        positions = [position for i in trunk.members for position in range(trunk.lengths[i])]
+    for _, members in itertools.groupby(trunk.starts, lambda i: trunk.starts[i] // tokens_per_pass):
+        members = list(members)
+        tokens = [token for i in members for token in sequences[i]]
+        positions = [position for i in members for position in range(trunk.lengths[i])]
         tokens_BT, positions_BT = torch.tensor([[tokens], [positions]], device=device)
-        hiddens.append(model(tokens_BT, positions_BT, trunk)[0])
+        hiddens.append(model(tokens_BT, positions_BT, PrefillCache(trunk, members, device))[0])
     trunk.hidden_ND = torch.cat(hiddens)
     return trunk
+
+
+def padded_spans(begins_B1, lengths_B1):
+    """(B, T): the indices of each span, its last one repeated up to the longest; and which are repeats."""
+    nth_T = torch.arange(int(lengths_B1.max()), device=lengths_B1.device)
+    return begins_B1 + nth_T.minimum(lengths_B1 - 1), nth_T >= lengths_B1
 
 
 # ---------------------------------------------------------------- rows, and the batch that samples them
@@ -156,12 +181,15 @@ def prefill(model, sequences, tokens_per_pass=16384):
 
 class Rows:
     """What every row of a call is to sample, and what it has sampled so far: (rows, steps) buffers.
-    The last row and the last column are bins: idle places write there, so that no write needs a mask."""
+    The last row and the last column are bins: idle places, whose row is -1, write there without a mask."""
 
     def __init__(self, trunk, forks, params):
         self.params = params
+        self.hidden_ND = trunk.hidden_ND
         self.prefixes = []  # of each row: (first token in the trunk, number of tokens)
-        starts = []
+        # What a place begins with: its row (-1: idle), the last token sampled (its K/V are not stored yet),
+        # that token's position, how many are sampled, how many may be, the key of the row's noise.
+        self.states = []
         for f, fork in enumerate(forks):
             limit = params.max_new_tokens if fork.max_new_tokens is None else fork.max_new_tokens
             longest = trunk.lengths[fork.sequence]
@@ -169,15 +197,11 @@ class Rows:
                 raise ValueError(f"fork {f}: cannot sample {limit} tokens after {fork.length} of {longest}; "
                                  "both must be at least 1")
             for key in noise_keys(params.seed, fork.row_ids).tolist():
-                starts.append((len(starts), 0, fork.length - 1, 0, limit, key))
+                self.states.append((len(self.states), 0, fork.length - 1, 0, limit, key))
                 self.prefixes.append((trunk.starts[fork.sequence], fork.length))
-        self.num = len(starts)
-        self.sizes = collections.Counter(self.prefixes)
-        self.steps = max((start[4] for start in starts), default=0)
-        # A place: its row (idle: the bin), the last token sampled (its K/V are not in the cache yet), that
-        # token's position, how many are sampled, how many may be, the key of the row's noise.
+        self.num = len(self.states)
+        self.steps = max((limit for *_, limit, _ in self.states), default=0)
         device = trunk.hidden_ND.device
-        self.starts_6R = torch.tensor(starts, dtype=torch.int64, device=device).view(-1, 6).T.contiguous()
         self.stops_1X = torch.tensor([params.stop_token_ids], dtype=torch.int64, device=device)
         shape = self.num + 1, self.steps + 1
         self.tokens_RS = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -186,9 +210,9 @@ class Rows:
         self.lengths_R = torch.zeros(shape[0], dtype=torch.int64, device=device)
 
     def draw(self, places_6R, logits_RV, sample):
-        """Sample the next token of every place, in place: what a CUDA graph replays has fixed addresses."""
+        """Sample the next token of every place; changes places_6R and the buffers."""
         row_R, token_R, position_R, length_R, limit_R, key_R = places_6R
-        is_live_R = row_R < self.num
+        is_live_R = row_R >= 0
         position_R += is_live_R
         drawn_R, logprob_R, entropy_R = sample(logits_RV, self.params.temperature, key_R, position_R)
         self.tokens_RS[row_R, length_R] = drawn_R
@@ -197,7 +221,7 @@ class Rows:
         length_R += is_live_R
         self.lengths_R[row_R] = length_R
         has_ended_R = (drawn_R.unsqueeze(1) == self.stops_1X).any(1) | (length_R >= limit_R)
-        row_R.masked_fill_(has_ended_R, self.num)
+        row_R.masked_fill_(has_ended_R, -1)
         token_R.copy_(drawn_R)
 
     def completions(self, forks):
@@ -211,113 +235,163 @@ class Rows:
         return [list(itertools.islice(done, len(fork.row_ids))) for fork in forks]
 
 
-class Places:
-    """Rows of any age in fixed places: what each samples next, the K/V (K, R, S, C) of what it has sampled,
-    and which share a prefix. Key heads come first: then the queries of a tile are neighbours."""
+class DecodeCache:
+    """What a decode step attends to: K/V (K, R, S, C) of what each row has sampled, and a trunk, by tiles of
+    rows that share a prefix. Key heads come first: then the queries of a tile are neighbours."""
 
-    def __init__(self, model, trunk, rows, num_places, ops):
-        self.model = model
-        self.trunk = trunk
-        self.rows = rows
+    def __init__(self, ops, trunk, own, tile_rows, max_prefix):
         self.ops = ops
-        self.places_6R = rows.starts_6R.new_empty(6, num_places)
-        self.members = [0] * num_places  # the row that is, or was last, in each place
-        self.keys = []
-        self.values = []
+        self.trunk = trunk     # as Trunk.stored
+        self.own = own         # likewise
+        self.tile_rows = tile_rows
+        self.max_prefix = max_prefix
         self.tiles = None
-        self.lengths_R = None  # own tokens that this step attends to; an idle place attends to none
-        self.at = None         # where the K/V of this step go
-        self.graph = None
+        self.lengths_R = None  # own tokens that this step attends to; an idle row attends to none
+        self.tables = {}       # {number of rows: the tiles that a captured step reads}
+        self.captured = {}     # {number of rows: that step}
+
+    def set_tiles(self, prefixes):
+        """Say which rows share which prefix: in as many tiles as they can ever need, unused ones empty."""
+        table = tile_table(prefixes, self.tile_rows)
+        table += [[0, 0] + [-1] * self.tile_rows] * (len(prefixes) - len(table))
+        table_XT = upload(table, self.own[0].device).T.to(torch.int32).contiguous()
+        numbers = table_XT[2:].T.contiguous(), table_XT[0], table_XT[1]
+        self.tiles = self.ops.PrefixTiles(*numbers, self.max_prefix)
+        if self.ops.capture:
+            self.tiles = self.tables.setdefault(len(prefixes), self.tiles)
+            for old_X, new_X in zip(self.tiles, numbers):
+                old_X.copy_(new_X)
+
+    def attend(self, layer, q_BHTC, k_BKTC, v_BKTC):
+        """One new token per row (T = 1): its K/V go after the row's own, it attends to [prefix ; own]."""
+        new = k_BKTC[:, :, 0], v_BKTC[:, :, 0]
+        own = [x_KRSC[:, :len(q_BHTC)].transpose(0, 1) for x_KRSC in self.own[2 * layer:2 * layer + 2]]
+        trunk = self.trunk[2 * layer:2 * layer + 2]
+        out_RHC = self.ops.decode_attention(q_BHTC[:, :, 0], new, own, self.lengths_R, trunk, self.tiles)
+        return out_RHC.unsqueeze(2)
+
+
+class Places:
+    """Rows of any age in fixed places: what each samples next, and the K/V that it attends to.
+
+    ops: a module with `decode_attention`, `PrefixTiles`, `sample` and `capture`, on CUDA that of kernels/;
+    None: this one. With a `capture` a step is captured once for each of three sizes and stays valid from call
+    to call, as all that it reads and writes stays where it is, the weights and a copy of the trunk included.
+    room, trunk_room: tokens of a row's own and of a whole trunk to make room for at once. A call that needs
+    more gets more, and capturing begins anew. max_prefix: about the longest; it decides about speed alone.
+    """
+
+    def __init__(self, model, max_rows=256, ops=None, room=0, trunk_room=0, max_prefix=1024):
+        self.model = model
+        self.ops = ops or sys.modules[__name__]
+        self.cache = None
+        self.room = room, trunk_room
+        self.max_prefix = max_prefix
+        device = next(model.parameters()).device
+        self.places_6R = torch.zeros(6, max_rows, dtype=torch.int64, device=device)
+        self.rows = None
+        self.prefixes = []  # of each place in use: (first token in the trunk, number of tokens)
+
+    @property
+    def size(self):
+        """Places in use."""
+        return len(self.prefixes)
+
+    def fitting(self, num_rows):
+        """The size for so many rows. Captured steps have three: below 64 rows they are hardly faster."""
+        most = self.places_6R.shape[1]
+        if not self.ops.capture:
+            return min(num_rows, most)
+        return min((size for size in (most // 4, most // 2) if size >= num_rows), default=most)
+
+    def open(self, trunk, rows):
+        """Begin a call: all places idle."""
+        self.rows = rows
+        self.places_6R.zero_()
+        self.places_6R[0] = -1
+        self.prefixes = [(0, 1)] * self.fitting(rows.num)
+        K, N, C = trunk.stored[0].shape
+        # A kernel keeps M x H/K x C sums in registers, C padded to a power of two: at most 16384.
+        M = min(8, 16384 // (trunk.queries_per_key * max(16, 1 << (C - 1).bit_length())))
+        if not self.ops.capture:
+            own = [x.new_zeros(K, self.size, min(64, rows.steps), C) for x in trunk.stored]
+            self.cache = DecodeCache(self.ops, trunk.stored, own, M, self.max_prefix)
+            return
+        room = max(rows.steps, self.room[0]), max(N, self.room[1])
+        if not self.cache or self.room != room:
+            self.room = room
+            self.cache = None  # freed before there is another
+            own = [x.new_zeros(K, self.places_6R.shape[1], room[0], C) for x in trunk.stored]
+            copy = [x.new_zeros(K, room[1], C) for x in trunk.stored]
+            self.cache = DecodeCache(self.ops, copy, own, M, self.max_prefix)
+        for mine_KNC, theirs_KNC in zip(self.cache.trunk, trunk.stored):
+            mine_KNC[:, :N] = theirs_KNC
 
     def admit(self, idle, members):
         """Give idle places to waiting rows, whose first tokens come from the trunk."""
-        new_6R = self.rows.starts_6R[:, members]
-        ends = [sum(self.rows.prefixes[row]) - 1 for row in members]
-        self.rows.draw(new_6R, self.model.logits(self.trunk.hidden_ND[ends]), self.ops.sample)
-        self.places_6R[:, idle[:len(members)]] = new_6R
+        table = []
         for place, row in zip(idle, members):
-            self.members[place] = row
-        self.set_tiles()
+            self.prefixes[place] = self.rows.prefixes[row]
+            table.append((place, sum(self.prefixes[place]) - 1, *self.rows.states[row]))
+        table_8N = upload(table, self.places_6R.device).T
+        new_6N = table_8N[2:]
+        self.rows.draw(new_6N, self.model.logits(self.rows.hidden_ND[table_8N[1]]), self.ops.sample)
+        self.places_6R[:, table_8N[0]] = new_6N
+        self.cache.set_tiles(self.prefixes)
 
-    def shrink(self, idle, size):
-        """Move the live rows to the front of a smaller batch; idle places fill it up."""
-        live = sorted(set(range(len(self.members))) - set(idle))
-        kept = (live + idle)[:size]
-        self.members = [self.members[place] for place in kept]
-        kept_R = torch.tensor(kept, device=self.places_6R.device)
-        self.places_6R = self.places_6R.index_select(1, kept_R)
-        self.keys = [keys_KRSC.index_select(1, kept_R) for keys_KRSC in self.keys]
-        self.values = [values_KRSC.index_select(1, kept_R) for values_KRSC in self.values]
-        self.graph = None
-        self.set_tiles()
+    def shrink(self, idle):
+        """Where fewer places would do, move the live rows behind those into idle ones."""
+        size = self.fitting(self.size - len(idle))
+        if size > 0.875 * self.size:
+            return
+        moved = sorted(set(range(size, self.size)) - set(idle))
+        to = idle[:len(moved)]
+        for place, new in zip(moved, to):
+            self.prefixes[new] = self.prefixes[place]
+        del self.prefixes[size:]
+        from_N, to_N = upload([moved, to], self.places_6R.device)
+        for x in (self.places_6R, *self.cache.own):
+            x[:, to_N] = x[:, from_N]
+        if not self.ops.capture:  # dense, so that plain products take heads and rows as one dimension
+            self.cache.own = [x[:, :size].contiguous() for x in self.cache.own]
+        self.cache.set_tiles(self.prefixes)
 
-    def set_tiles(self):
-        """Say which rows share which prefix."""
-        sizes = self.rows.sizes
-        # A kernel keeps M x H/K x C sums in registers, at most 16384.
-        most = 16384 // (self.trunk.queries_per_key * self.trunk.keys[0].shape[2])
-        M = min(8, max(sizes.values()), most)
-        table = tile_table([self.rows.prefixes[row] for row in self.members], M)
-        if self.ops.PrefixTiles is not PrefixTiles:
-            # As many tiles as these places can ever need; a length of 0: nothing to do.
-            num_tiles = min(len(self.members), sum(-(-size // M) for size in sizes.values()))
-            table += [[0, 0] + [-1] * M] * (num_tiles - len(table))
-        table_XT = torch.tensor(table, dtype=torch.int32, device=self.places_6R.device).T.contiguous()
-        longest = max(length for _, length in sizes)
-        tiles = self.ops.PrefixTiles(table_XT[2:].T.contiguous(), table_XT[0], table_XT[1], longest)
-        if self.graph is None:
-            self.tiles = tiles
-        else:  # which reads the old tables where they lie
-            for old, new in zip(self.tiles[:3], tiles):
-                old.copy_(new)
-
-    def attend(self, layer, q_BHTC, k_BKTC, v_BKTC):
-        """One new token per row (T = 1): store its K/V after the row's own, attend to [prefix ; own]."""
-        if layer == len(self.keys):
-            R, K, _, C = k_BKTC.shape
-            # A graph needs fixed addresses; elsewhere `advance` doubles the room.
-            room = self.rows.steps if k_BKTC.is_cuda else min(64, self.rows.steps)
-            self.keys.append(k_BKTC.new_zeros(K, R, room, C))
-            self.values.append(k_BKTC.new_zeros(K, R, room, C))
-        keys_KRSC, values_KRSC = self.keys[layer], self.values[layer]
-        keys_KRSC[self.at] = k_BKTC[:, :, 0].transpose(0, 1)
-        values_KRSC[self.at] = v_BKTC[:, :, 0].transpose(0, 1)
-        out_RHC = self.ops.decode_attention(
-            q_BHTC[:, :, 0], keys_KRSC.transpose(0, 1), values_KRSC.transpose(0, 1), self.lengths_R,
-            self.trunk.keys[layer], self.trunk.values[layer], self.tiles)
-        return out_RHC.unsqueeze(2)
-
-    def advance(self):
-        """Run the last token of every place through the model and draw the next one."""
-        row_R, token_R, position_R, length_R, _, _ = self.places_6R
-        self.lengths_R = (length_R * (row_R < self.rows.num)).to(torch.int32)
-        self.at = slice(None), torch.arange(len(row_R), device=row_R.device), length_R - 1
-        room = self.keys[0].shape[2] if self.keys else self.rows.steps
-        if room < self.rows.steps and int(length_R.max()) > room:
-            self.keys = [F.pad(keys_KRSC, (0, 0, 0, room)) for keys_KRSC in self.keys]
-            self.values = [F.pad(values_KRSC, (0, 0, 0, room)) for values_KRSC in self.values]
-        hidden_BTD = self.model(token_R.unsqueeze(1), position_R.unsqueeze(1), self)
-        self.rows.draw(self.places_6R, self.model.logits(hidden_BTD[:, 0]), self.ops.sample)
+    def decode(self):
+        """Run the last token of every place through the model: logits (R, V) of the next one."""
+        row_R, token_R, position_R, length_R, _, _ = self.places_6R[:, :self.size]
+        self.cache.lengths_R = (length_R * (row_R >= 0)).to(torch.int32)
+        hidden_BTD = self.model(token_R.unsqueeze(1), position_R.unsqueeze(1), self.cache)
+        return self.model.logits(hidden_BTD[:, 0])
 
     def step(self):
         """One token for every live place; returns the idle places. On CUDA they are those of before the step:
-        the host reads of them while the GPU works."""
-        if not self.places_6R.is_cuda:
-            self.advance()
-            return (self.places_6R[0] == self.rows.num).nonzero().flatten().tolist()
-        is_idle_R = (self.places_6R[0] == self.rows.num).to("cpu", non_blocking=True)  # pinned, by this flag
-        has_arrived = torch.cuda.Event()
-        has_arrived.record()
-        if self.graph is not None:
-            self.graph.replay()
+        the host learns of them while the GPU works."""
+        places_6R = self.places_6R[:, :self.size]
+        if places_6R.is_cuda:
+            is_idle_R = (places_6R[0] < 0).to("cpu", non_blocking=True)  # pinned, by this flag
+            has_arrived = torch.cuda.current_stream().record_event()
+        decode = self.decode
+        if self.ops.capture:
+            captured = self.cache.captured
+            if self.size not in captured:
+                captured[self.size] = self.ops.capture(self.decode)
+            decode = captured[self.size]
         else:
-            self.advance()  # the first step of a size runs eagerly, which compiles the kernels
-            if self.ops.PrefixTiles is not PrefixTiles:
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                    self.advance()
-        has_arrived.synchronize()
+            room = self.cache.own[0].shape[2]
+            if room < self.rows.steps and int(places_6R[3].max()) > room:
+                self.cache.own = [F.pad(x, (0, 0, 0, room)) for x in self.cache.own]
+        self.rows.draw(places_6R, decode(), self.ops.sample)
+        if places_6R.is_cuda:
+            has_arrived.synchronize()
+        else:
+            is_idle_R = places_6R[0] < 0
         return is_idle_R.nonzero().flatten().tolist()
+
+
+def upload(table, device):
+    """Lists of integers as a tensor; the copy to a GPU does not wait for it."""
+    table_XX = torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table_XX.to(device, non_blocking=True)
 
 
 def tile_table(prefixes, M):
@@ -338,16 +412,20 @@ def tile_table(prefixes, M):
 
 # ---------------------------------------------------------------- ops in plain PyTorch
 
+capture = None  # a step runs as it is; kernels.capture turns it into a CUDA graph
+
 
 class GatheredTiles:
-    """`PrefixTiles` of the plain `decode_attention`, which hold a copy of each tile's prefix.
-    rows_TM: (T, M) row numbers, -1 for none; every row has a place. begins_T, lengths_T: tile t serves
-    trunk[:, begin : begin + length]."""
+    """`PrefixTiles` of the plain `decode_attention`: keeps a copy of each tile's prefix.
+    rows_TM: (T, M) row numbers, then -1; every row is in one tile. begins_T, lengths_T: tile t serves
+    trunk[:, begin : begin + length]; one of length 0 is not in use."""
 
     def __init__(self, rows_TM, begins_T, lengths_T, max_prefix):
-        lengths_T, order_T = lengths_T.long().sort(stable=True)
+        order_T = lengths_T.argsort(stable=True)[int((lengths_T == 0).sum()):]
+        lengths_T = lengths_T[order_T].long()
         begins_T = begins_T[order_T]
-        rows_X = rows_TM[order_T].long().flatten()  # X: rows tile by tile
+        rows_TM = rows_TM[order_T, :int((rows_TM >= 0).sum(1).max())].long()
+        rows_X = rows_TM.flatten()  # X: rows tile by tile
         # Where rows already lie so, nothing is moved: that would be up to 8% of a step of a tiny model.
         is_sorted = rows_X.equal(torch.arange(len(rows_X), device=rows_X.device))
         self.rows_X = None if is_sorted else rows_X.clamp(min=0)
@@ -356,10 +434,8 @@ class GatheredTiles:
         # lengths. 64 prompts of 20 to 150 tokens, tiny model, CPU: 3 times faster than a product for each.
         sizes = [len(list(same)) for _, same in itertools.groupby(lengths_T.tolist(), int.bit_length)]
         self.counts = [size * rows_TM.shape[1] for size in sizes]
-        self.buckets = []  # (T, P) each: where keys lie in the trunk, and which are padding
-        for begins_T1, lengths_T1 in zip(begins_T[:, None].split(sizes), lengths_T[:, None].split(sizes)):
-            nth_P = torch.arange(int(lengths_T1.max()), device=lengths_T.device)
-            self.buckets.append((begins_T1 + nth_P.minimum(lengths_T1 - 1), nth_P >= lengths_T1))
+        spans = zip(begins_T[:, None].split(sizes), lengths_T[:, None].split(sizes))
+        self.buckets = [padded_spans(*span) for span in spans]  # (T, P) each
         self.copies = {}
 
     def gather(self, trunk_KNC):
@@ -374,31 +450,40 @@ class GatheredTiles:
 PrefixTiles = GatheredTiles  # its name in `ops`
 
 
-def decode_attention(q_RHC, keys_RKSC, values_RKSC, lengths_R, trunk_keys_KNC, trunk_values_KNC, tiles):
+def decode_attention(q_RHC, new, own, lengths_R, trunk, tiles):
     """Attention of one new token per row over [its prefix in the trunk ; its own tokens] -> out_RHC.
-    Scaled by C ** -0.5, softmax in float32. keys_RKSC, values_RKSC: own tokens, fastest as a view of
-    (K, R, S, C); of each row's the first lengths_R (int32) count and the others are finite.
+
+    Pairs of keys and values: new (R, K, C), of this token, are stored as the last of each row's own first.
+    own (R, K, S, C), fastest as views of (K, R, S, C): the first lengths_R (int32) count, the others are
+    finite. trunk (K, N, C). Scaled by C ** -0.5, softmax in float32.
     """
     R, H, C = q_RHC.shape
+    keys_RKSC, values_RKSC = own
     K = keys_RKSC.shape[1]
     longest = int(lengths_R.max())
+    is_ragged = int(lengths_R.min()) < longest
+    # A slice where all rows are of one age. An idle row (length 0) writes to its last slot, read by nobody.
+    at = slice(None), slice(None), longest - 1
+    if is_ragged:
+        at = torch.arange(R, device=q_RHC.device), slice(None), lengths_R.long() - 1
+    keys_RKSC[at], values_RKSC[at] = new
     own_keys_ZSC = keys_RKSC[:, :, :longest].transpose(0, 1).flatten(0, 1)  # Z = K R
     own_values_ZSC = values_RKSC[:, :, :longest].transpose(0, 1).flatten(0, 1)
     q_KRGC = q_RHC.unflatten(1, (K, -1)).transpose(0, 1).contiguous() * C**-0.5
     own_KRGS = torch.bmm(q_KRGC.flatten(0, 1), own_keys_ZSC.mT).unflatten(0, (K, R))
-    if int(lengths_R.min()) < longest:
+    if is_ragged:
         is_unused_RGS = torch.arange(longest, device=q_RHC.device) >= lengths_R.view(R, 1, 1)
         own_KRGS.masked_fill_(is_unused_RGS, -torch.inf)
     # Tile by tile: queries and scores go to where prefixes are, outputs and weights come back.
     queries = pick(q_KRGC, tiles.rows_X).split(tiles.counts, 1)
-    scores = pick(own_KRGS, tiles.rows_X).split(tiles.counts, 1)
-    trunk = zip(tiles.buckets, tiles.gather(trunk_keys_KNC), tiles.gather(trunk_values_KNC))
+    own_scores = pick(own_KRGS, tiles.rows_X).split(tiles.counts, 1)
+    prefixes = zip(tiles.buckets, *map(tiles.gather, trunk))
     outs = []
     weights = []
-    for q_KXGC, own_KXGS, ((_, is_padding_TP), keys_YPC, values_YPC) in zip(queries, scores, trunk):
+    for q_KXGC, own_KXGS, ((_, is_padding_TP), keys_YPC, values_YPC) in zip(queries, own_scores, prefixes):
         T, P = is_padding_TP.shape
         scores_YLP = torch.bmm(q_KXGC.reshape(K * T, -1, C), keys_YPC.mT)  # Y = K T, L = M G
-        if is_padding_TP[0, -1]:  # of the shortest
+        if is_padding_TP[0, -1]:  # lengths ascend: the first tile has padding if any has
             scores_YLP.view(K, T, -1, P).masked_fill_(is_padding_TP.unsqueeze(1), -torch.inf)
         scores_KXGS = torch.cat((scores_YLP.view(*own_KXGS.shape[:3], P), own_KXGS), -1)
         # One softmax: merging two by log-sum-exp took 4 times as long where no rows share (256, on a CPU).
@@ -463,13 +548,24 @@ def sample(logits_RV, temperature, keys_R, positions_R):
     cumulative sum, no host sync. Log-prob and entropy are those of the distribution drawn from; temperature 0
     takes the largest logit, and reports them at temperature 1.
     """
-    probs_RV = F.softmax(logits_RV.float() / (temperature or 1.0), dim=-1)
+    # A few rows at a time: what they need fits a cache, and no memory of the size of the logits is taken.
+    size = max(1, 2**18 // logits_RV.shape[1])
+    parts = zip(logits_RV.split(size), keys_R.split(size), positions_R.split(size))
+    drawn = [sample_few(logits_rV, temperature, *noise) for logits_rV, *noise in parts]
+    return tuple(map(torch.cat, zip(*drawn)))
+
+
+def sample_few(logits_rV, temperature, keys_r, positions_r):
+    """`sample` of r rows. With z = (logit - largest) / T and s = sum exp z: p = exp(z) / s, entropy = log s -
+    sum z exp(z) / s, both terms of which are positive."""
+    z_rV = logits_rV.float() - logits_rV.amax(-1, keepdim=True)
+    z_rV = z_rV.div_(temperature or 1.0).clamp_(min=-200)  # exp(-200) is 0 in float32, and 0 * -inf is NaN
+    weights_rV = z_rV.exp()
+    sum_r = weights_rV.sum(-1)
+    entropies_r = sum_r.log() - torch.linalg.vecdot(z_rV, weights_rV) / sum_r
     if temperature == 0:
-        token_R1 = logits_RV.argmax(-1, keepdim=True)
+        tokens_r1 = logits_rV.argmax(-1, keepdim=True)
     else:
-        race_RV = uniform(keys_R, positions_R, logits_RV.shape[1]).neg_().log1p_()  # = -E
-        token_R1 = torch.div(probs_RV, race_RV, out=race_RV).argmin(-1, keepdim=True)
-    logprobs_R = probs_RV.gather(1, token_R1).squeeze(1).log()
-    # -sum p log p, where 0 log 0 is 0. special.entr takes twice as long: its logarithm is not vectorised.
-    log_RV = probs_RV.clamp(min=torch.finfo(torch.float32).tiny).log_()
-    return token_R1.squeeze(1), logprobs_R, log_RV.mul_(probs_RV).sum(-1).neg_()
+        race_rV = uniform(keys_r, positions_r, logits_rV.shape[1]).neg_().log1p_()  # = -E
+        tokens_r1 = torch.div(weights_rV, race_rV, out=race_rV).argmin(-1, keepdim=True)
+    return tokens_r1.squeeze(1), z_rV.gather(1, tokens_r1).squeeze(1) - sum_r.log(), entropies_r

@@ -1,8 +1,10 @@
 """What every test needs: the root on the path, Triton's interpreter, a small set of problems, its flags."""
+import collections
 import json
 import os
 import shlex
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 CHAIN = ROOT / "examples" / "chain"
 sys.path.insert(0, str(ROOT))
+import sampler
 
 # Triton reads it when a kernel is defined, its own helpers included: before any import of triton.
 if not torch.cuda.is_available():
@@ -59,6 +62,41 @@ def drive(search, table):
         except StopIteration as done:
             return done.value, asked
         reply = table[asked[-1]]
+
+
+Tables = collections.namedtuple("Tables", "rows_TM begins_T lengths_T max_prefix")
+
+
+def attend_by_tables(*arguments):
+    """The plain operation with the arguments of the kernel's."""
+    *tensors, tables = arguments
+    return sampler.decode_attention(*tensors, sampler.GatheredTiles(*tables))
+
+
+def noting_capture(sizes):
+    """A fake of kernels.capture: notes the size, and replays only while all that a CUDA graph would read by
+    address lies where it lay."""
+    def capture(step):
+        places = step.__self__
+
+        def addresses():
+            cache = places.cache
+            tensors = places.places_6R, *cache.own, *cache.trunk, *cache.tiles[:3]
+            return [len(cache.tiles[0]), *(x.data_ptr() for x in tensors)]
+        captured = addresses()
+        sizes.append(places.size)
+
+        def replay():
+            assert addresses() == captured
+            return step()
+        return replay
+    return capture
+
+
+def capturing(sizes, **ops):
+    """Plain operations for `Places` that capture, by that fake."""
+    plain = {"decode_attention": attend_by_tables, "PrefixTiles": Tables, "sample": sampler.sample}
+    return types.SimpleNamespace(**{**plain, **ops}, capture=noting_capture(sizes))
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ import bread
 import report
 from bread import State, group_advantages, grpo_loss, k3_divergence
 from config import Config
-from conftest import CHAIN, ROOT, drive
-from model import Transformer
+from conftest import CHAIN, ROOT, capturing, drive
+from model import Transformer, linear_logprob
 from parallel import MasterAdamW, Ranks
 from sampler import Completion
 
@@ -105,6 +105,38 @@ def test_no_row_leaves_the_models_window(make):
         for problem in problems:
             for cut in [0, *problem.cuts]:
                 assert sum(map(len, policy.context(problem, cut))) + room - cut <= 256
+
+
+def test_a_run_captures_at_most_three_steps(make, monkeypatch):
+    """Two steps with searches, each with an evaluation, sampled and greedy, in places that last as on CUDA:
+    what is sampled, trained and measured is what places made anew for every call give."""
+    results = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**24, 2**30))
+    for is_captured in (True, False):
+        policy, problems = make(lambda problem, cut: 2 * (cut > 30), eval_every=1, eval_samples=2)
+        captured_sizes = []
+        notes = []
+        if is_captured:
+            policy.ops = capturing(captured_sizes, linear_logprob=linear_logprob)
+        policy.reserve(problems, problems[:5], notes.append)
+        optimizer = MasterAdamW(policy.model.parameters(), Ranks("cpu"))
+        state = State()
+        for step in range(2):
+            groups = bread.bread(policy, problems[3 * step:3 * step + 3], state)
+            bread.set_advantages(groups, divide_by_std=True)
+            sums, norms = bread.update(policy, optimizer, Ranks("cpu"), groups, 1e-3, bread.batch_loss)
+            state.step += 1
+            bread.evaluate(policy, Ranks("cpu"), problems[:5], state, None)
+            results.append((list(map(ids_of, groups)), state.evals[-1]["eval/accuracy"], norms))
+        assert state.tokens["probe"] > 0
+        if is_captured:
+            rows = policy.places.places_6R.shape[1]
+            assert 4 < rows < 256 and f"({rows} rows x 72" in notes[0] and 1 <= len(captured_sizes) <= 3
+            # A third of the memory, as it says: keys and values of 2 bytes there, of 4 here.
+            taken = sum(x.nbytes for x in policy.places.cache.own + policy.places.cache.trunk) / 2
+            assert 0.95 * 2**24 / 3 < taken <= 2**24 / 3
+    for (ids, accuracy, norms), others in zip(results[:2], results[2:]):
+        assert (ids, accuracy, pytest.approx(norms, rel=1e-4)) == others
 
 
 def test_a_completion_cut_off_while_thinking_has_no_reward(make):

@@ -9,6 +9,7 @@ import doctest
 import gc
 import importlib
 import json
+import math
 import re
 import signal
 import subprocess
@@ -142,6 +143,24 @@ def test_a_resumed_run_equals_an_unbroken_one(flags, tmp_path, unbroken, broken_
         ours, theirs = found.pop(name), unbroken[name]
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert found == {name: unbroken[name] for name in found}
+
+
+@pytest.mark.parametrize("device, noise", [("cpu", 0.0), pytest.param("cuda", 2.1e-4, marks=pytest.mark.gpu)])
+def test_two_steps_of_a_device_and_a_resumed_second(flags, tmp_path, device, noise):
+    """Finite, trained on what was sampled, and resumed as if unbroken. noise: on CUDA sums are not in one
+    order, and Adam moves a weight of hardly any gradient by the rate, 1e-4, up or down."""
+    options = f"--device {device} --on-fail expert --lr 1e-4 --group-size {G} --save-every 1"
+    for folder, end in (("whole", "--steps 2"), ("broken", "--steps 1"), ("broken", "--steps 2 --resume")):
+        assert bread.main(flags(tmp_path / folder, f"{options} {end}")) == 0
+    for row in read_lines(tmp_path / "whole" / "metrics.jsonl")[1:]:
+        assert math.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["skipped_updates"] == 0
+        assert row["sampler/logprob_gap"] < 0.05
+    paths = [tmp_path / run / "checkpoint-2" / "trainer.tensors" for run in ("whole", "broken")]
+    one, other = map(load_file, paths)
+    masters = [name for name in one if name.endswith("master")]
+    assert masters
+    for name in masters:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=noise)
 
 
 def test_a_token_budget_ends_the_run_and_its_last_step_has_a_rate(flags, tmp_path, capsys):

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import sampler
+from conftest import capturing, noting_capture
 from model import ModelConfig, Transformer
-from sampler import Fork, SamplingParams, branch, generate, noise_keys, prefill, sample, tile_table, uniform
+from sampler import (Fork, Places, SamplingParams, branch, generate, noise_keys, prefill, sample, tile_table,
+                     uniform)
 
 VOCABULARY = 61
 
@@ -23,12 +25,12 @@ def model():
     return random_model(config)
 
 
-def random_model(config):
+def random_model(config, scale=0.2):
     generator = torch.Generator().manual_seed(0)
     model = Transformer(config).requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() == 2:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         else:
             parameter.fill_(1.0)
     return model
@@ -113,8 +115,21 @@ def test_prefill_in_several_passes_equals_one_pass(model):
     """Chunking changes the passes, not the K/V: sequences are longer, equal and shorter than a pass."""
     sequences = [ids(n, n) for n in (12, 3, 12, 25, 8)]
     whole, parts = prefill(model, sequences), prefill(model, sequences, tokens_per_pass=13)
-    for one, other in ((whole.hidden_ND, parts.hidden_ND), (whole.keys[1], parts.keys[1])):
+    for one, other in ((whole.hidden_ND, parts.hidden_ND), (whole.stored[2], parts.stored[2])):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_a_prefill_takes_as_many_attentions_as_buckets(model, monkeypatch):
+    """Sequences of 32 to 63 tokens are four buckets in each of two layers, not 32."""
+    calls = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def counting(*parts, **options):
+        calls.append(parts)
+        return attention(*parts, **options)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counting)
+    prefill(model, [ids(length) for length in range(32, 64)])
+    assert len(calls) == 2 * 4
 
 
 def mixed_forks():
@@ -142,7 +157,7 @@ def test_rows_sample_alone_what_they_sample_together(model):
 def test_refilled_places_change_nothing(model, max_rows, num_samples):
     """5 rows in a single place, 15 in 4 or 7, 40 in 16, which are admitted at least 2 at a time."""
     prompts, _, params = mixed_forks()
-    refilled = generate(model, prompts, params, num_samples, max_rows=max_rows)
+    refilled = generate(model, prompts, params, num_samples, Places(model, max_rows))
     assert_same(refilled, generate(model, prompts, params, num_samples))
 
 
@@ -174,7 +189,7 @@ def test_an_idle_place_is_given_to_the_next_row():
     66 tokens fill 4 places for 17 passes at best; waves of 4 would take 11 + 10 + 9, as their longest do."""
     fake, starts = CountingModel(), (8, 19, 18, 17, 9, 16, 15, 14, 10, 13, 12, 11)
     params = SamplingParams(40, temperature=0, stop_token_ids=(20,))
-    groups = generate(fake, [[start] for start in starts], params, max_rows=4)
+    groups = generate(fake, [[start] for start in starts], params, places=Places(fake, 4))
     for (completion,), start in zip(groups, starts):
         assert completion.token_ids == list(range(start + 1, 21)) and completion.finish_reason == "stop"
     passes = fake.rows[1:]
@@ -221,15 +236,22 @@ def random_attention(ages, seed=0):
     table_TX = torch.tensor(tile_table(prefixes, M=3), dtype=torch.int32)
     tables = [table_TX[:, 2:].contiguous(), table_TX[:, 0].contiguous(), table_TX[:, 1].contiguous(), 60]
     random = torch.Generator().manual_seed(seed)
-    shapes = (7, 4, 16), (2, 7, 20, 16), (2, 7, 20, 16), (2, 80, 16), (2, 80, 16)
-    q_RHC, keys_KRSC, values_KRSC, *trunk = (torch.randn(shape, generator=random) for shape in shapes)
-    own = keys_KRSC.transpose(0, 1), values_KRSC.transpose(0, 1), torch.tensor(ages, dtype=torch.int32)
-    return prefixes, (q_RHC, *own, *trunk), tables
+    shapes = (7, 4, 16), (7, 2, 16), (7, 2, 16), (2, 7, 20, 16), (2, 7, 20, 16), (2, 80, 16), (2, 80, 16)
+    tensors = [torch.randn(shape, generator=random) for shape in shapes]
+    own = [x_KRSC.transpose(0, 1) for x_KRSC in tensors[3:5]]
+    lengths_R = torch.tensor(ages, dtype=torch.int32)
+    return prefixes, (tensors[0], tensors[1:3], own, lengths_R, tensors[5:]), tables
 
 
-def oracle(prefixes, q_RHC, keys_RKSC, values_RKSC, lengths_R, trunk_keys_KNC, trunk_values_KNC):
-    """Row by row and head by head in float64."""
+def oracle(prefixes, q_RHC, new, own, lengths_R, trunk):
+    """Row by row and head by head in float64; the new token is the last of each row's own."""
     out_RHC = torch.empty_like(q_RHC, dtype=torch.float64)
+    keys_RKSC, values_RKSC = (x_RKSC.clone() for x_RKSC in own)
+    trunk_keys_KNC, trunk_values_KNC = trunk
+    for row, length in enumerate(lengths_R.tolist()):
+        if length:
+            keys_RKSC[row, :, length - 1] = new[0][row]
+            values_RKSC[row, :, length - 1] = new[1][row]
     for row, (begin, length) in enumerate(prefixes):
         for head in range(q_RHC.shape[1]):
             k = head // 2
@@ -245,8 +267,9 @@ def test_attention_equals_a_float64_oracle(ages):
     """Rows of one age and of several, two idle (0) among them; tiles of 1 to 3 rows out of order, padded.
     1e-5: sums of 80 float32 terms below 4."""
     prefixes, arguments, tables = random_attention(ages)
+    expected_RHC = oracle(prefixes, *arguments)
     out_RHC = sampler.decode_attention(*arguments, sampler.GatheredTiles(*tables))
-    torch.testing.assert_close(out_RHC.double(), oracle(prefixes, *arguments), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out_RHC.double(), expected_RHC, atol=1e-5, rtol=0)
 
 
 def test_operations_grow_with_buckets_and_not_with_lengths():
@@ -259,33 +282,81 @@ def test_operations_grow_with_buckets_and_not_with_lengths():
     assert at_TP.max() == 189, "nothing behind the last prefix is read"
 
 
+def test_a_step_is_captured_once_for_all_calls(model):
+    """Calls of one row and of many, of short and long trunks, sampled and greedy, in the same places: three
+    sizes are captured, and rows sample what they do in places of their own. Then a call needs more room."""
+    sizes = []
+    places = Places(model, 12, capturing(sizes), room=16, trunk_room=80)
+    prompts, forks, params = mixed_forks()
+    calls = [(prompts, forks, params), ([ids(7)], [Fork(0, 5, (1,))], params),
+             (prompts[:2], forks[:2], dataclasses.replace(params, temperature=0.0)), (prompts, forks, params)]
+    for prompts, forks, params in calls:
+        assert_same(branch(model, prefill(model, prompts), forks, params, places),
+                    branch(model, prefill(model, prompts), forks, params))
+    assert sorted(sizes) == [3, 6, 12]
+    longer = [ids(60), ids(50)]
+    assert_same(generate(model, longer, params, 3, places), generate(model, longer, params, 3))
+    assert len(sizes) > 3, "longer trunks than places were made for: captured anew"
+
+
 @pytest.mark.usefixtures("interpreter_without_two_faults")
 def test_the_triton_kernels_sample_what_plain_pytorch_does(model):
     """Through kernels/ (here by Triton's interpreter), refilled and shrunk: tokens equal, numbers to 1e-5."""
     kernels = pytest.importorskip("kernels")
-    wide = random_model(dataclasses.replace(model.config, head_dim=16))
-    wide = wide.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wide = random_model(dataclasses.replace(model.config, head_dim=16)).to(device)
     trunk = prefill(wide, [ids(5), ids(9, 1)])
     forks = [Fork(0, 5, (0, 1, 2)), Fork(1, 9, (3, 4)), Fork(1, 4, (5,))]
     params = SamplingParams(6, stop_token_ids=(3, 5), seed=8)
-    fused = branch(wide, trunk, forks, params, max_rows=4, ops=kernels)
-    assert_same(fused, branch(wide, trunk, forks, params))
+    plain = branch(wide, trunk, forks, params)
+    wide.ops = kernels
+    ops = types.SimpleNamespace(**vars(kernels))
+    if device == "cpu":
+        ops.capture = noting_capture([])
+    assert_same(branch(wide, trunk, forks, params, Places(wide, 4, ops)), plain)
 
 
-def test_a_kernel_gets_tables_of_one_size(model):
-    """What a graph needs: 24 places may come to hold rows of all 16 groups of 3, so there are 16 tiles at
-    once, 8 of them empty. Idle places attend to no token."""
-    Tables = collections.namedtuple("Tables", "rows_TM begins_T lengths_T max_prefix")
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_replayed_graph_equals_an_eager_step_bit_for_bit(dtype):
+    """H/K = 7, 90 rows in 32 places: refilled, shrunk, with stops and limits, in two calls. In float32 they
+    are the rows of plain PyTorch, too; in bfloat16 sums round in another order, and tokens may differ."""
+    kernels = pytest.importorskip("kernels")
+    config = ModelConfig("qwen2", 4096, hidden_size=448, intermediate_size=512, num_hidden_layers=3,
+                         num_attention_heads=14, num_key_value_heads=2, head_dim=32,
+                         max_position_embeddings=999)
+    model = random_model(config, 0.05).to("cuda", dtype)
+    eager = types.SimpleNamespace(**vars(kernels) | {"capture": lambda step: step})
+    prompts = [ids(length, length) for length in (5, 17, 64, 130, 257)]
+    forks = [Fork(i, len(prompt) - 2 * j, tuple(range(100 * i + 10 * j, 100 * i + 10 * j + 6)), 5 + 17 * j)
+             for i, prompt in enumerate(prompts) for j in range(3)]
+    params = SamplingParams(40, 1.0, tuple(range(0, 4096, 40)), seed=1)
+    trunk = prefill(model, prompts)
+    plain = branch(model, trunk, forks, params)
+    model.ops = kernels
+    runs = []
+    for ops in (kernels, eager):
+        places = Places(model, 32, ops)
+        runs.append([branch(model, trunk, forks, params, places) for _ in range(2)])
+    assert runs[0][0] == runs[0][1] == runs[1][0] == runs[1][1]
+    if dtype == torch.float32:
+        assert_same(runs[0][0], plain)
+
+
+def test_a_kernel_gets_tables_of_one_size():
+    """What a graph needs: as many tiles as places whatever these share, empty ones of length 0. Idle places
+    attend to no token."""
     seen = []
 
-    def attend(q_RHC, keys_RKSC, values_RKSC, lengths_R, trunk_keys_KNC, trunk_values_KNC, tiles):
+    def attend(q_RHC, _new, _own, lengths_R, _trunk, tiles):
         seen.append((len(q_RHC), *tiles.rows_TM.shape, sum(tiles.lengths_T > 0).item(), int(lengths_R.min())))
         return q_RHC
-    ops = types.SimpleNamespace(decode_attention=attend, PrefixTiles=Tables, sample=sample)
-    prompts, params = [[1], [10]] * 8, SamplingParams(15, temperature=0, stop_token_ids=(15,))
-    generate(CountingModel(), prompts, params, num_samples=3, max_rows=24, ops=ops)
-    assert seen[0] == (24, 16, 3, 8, 1) and {idle for *_, idle in seen if idle < 2} == {0, 1}
-    assert {num_tiles for rows, num_tiles, *_ in seen if rows == 24} == {16}
+    fake = CountingModel()
+    places = Places(fake, 24, capturing([], decode_attention=attend))
+    params = SamplingParams(15, temperature=0, stop_token_ids=(15,))
+    generate(fake, [[1], [10]] * 8, params, 3, places)
+    assert seen[0] == (24, 24, 8, 8, 1) and {idle for *_, idle in seen if idle < 2} == {0, 1}
+    assert {(rows, num_tiles) for rows, num_tiles, *_ in seen} == {(24, 24), (6, 6)}
 
 
 @pytest.mark.parametrize("peak", [0.0, 1.5, 4.0])
