@@ -210,7 +210,6 @@ def short(row, *keys):
 
 def summary(path):
     """What is kept of a metrics.jsonl: evaluations, series with one number a step, and where they ended."""
-
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     evaluations = [short(row, "step", "tokens/sampled", "eval/accuracy", "eval/greedy")
                    for row in rows if "eval/accuracy" in row]

@@ -12,6 +12,9 @@ import math
 import statistics
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
+
 from claims import (ALWAYS, LABELS, NO_ANCHOR, TARGET, TASKS, WHERE_FAILED, exponent, final,
                     medians_by_length, read_results, select, tokens_to)
 
@@ -26,7 +29,6 @@ STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "axe
 def median_and_seeds(axis, curves, color):
     """Every seed of [(xs, ys), ...] as a thin line, their median, interpolated, as a thick one. A seed that
     ends early keeps its last value, as its accuracy would. Returns where the median ends."""
-    import numpy as np
     grid = np.unique(np.concatenate([xs for xs, _ in curves]))
     for xs, ys in curves:
         axis.plot(xs, ys, color=color, linewidth=0.6, alpha=0.45)
@@ -44,7 +46,7 @@ def labels_at_right(axis, named, gap):
                       textcoords="offset points", annotation_clip=False, va="center", fontsize=8)
 
 
-def panels(plt, results, height, rows=1):
+def panels(results, height, rows=1):
     """A column of axes per task that has results: (figure, axes[row][column], [(task, length), ...])."""
     tasks = [(task, length) for task, length in TASKS.items() if select(results, task, length, "bread")]
     figure, axes = plt.subplots(rows, len(tasks), figsize=(1.2 + 2.9 * len(tasks), height), squeeze=False,
@@ -57,8 +59,8 @@ def panels(plt, results, height, rows=1):
     return figure, axes, tasks
 
 
-def accuracy(plt, results):
-    figure, axes, tasks = panels(plt, results, 2.7)
+def accuracy(results):
+    figure, axes, tasks = panels(results, 2.7)
     for axis, (task, length) in zip(axes[0], tasks):
         ends = []
         for method in ("grpo", "resample", "sft+grpo", "bread"):
@@ -80,7 +82,7 @@ def accuracy(plt, results):
     return figure
 
 
-def lengths(plt, results):
+def lengths(results):
     tasks = sorted({r["task"] for r in results})
     size = (1.2 + 3.1 * len(tasks), 3.2)
     figure, axes = plt.subplots(1, len(tasks), figsize=size, sharey=True, squeeze=False)
@@ -110,14 +112,14 @@ def lengths(plt, results):
     return figure
 
 
-def curriculum(plt, results):
+def curriculum(results):
     def draw(axis, trials, key, value):
         """The series `key` of all seeds, as far as BREAD's longest run: GRPO's steps are cheaper and more."""
         series = [r["series"][key][:steps] for r in trials]
         curves = [(range(1, len(ys) + 1), [*map(value, ys)]) for ys in series]
         return median_and_seeds(axis, curves, COLORS[trials[0]["method"]])
 
-    figure, axes, tasks = panels(plt, results, 4.0, rows=2)
+    figure, axes, tasks = panels(results, 4.0, rows=2)
     for (above, below), (task, length) in zip(axes.T, tasks):
         bread, grpo = (select(results, task, length, method) for method in ("bread", "grpo"))
         steps = max(r["steps"] for r in bread)
@@ -133,7 +135,7 @@ def curriculum(plt, results):
     return figure
 
 
-def controls(plt, results):
+def controls(results):
     unaided = ["grpo", "resample", "sft", "sft+grpo", *(method for method, *_ in NO_ANCHOR)]
     groups = {"": ["bread"], "anchor where all rollouts failed": [method for method, *_ in WHERE_FAILED],
               "every group behind an anchor": [method for method, *_ in ALWAYS], "no anchor": unaided}
@@ -169,20 +171,15 @@ def main():
     parser.add_argument("--results", type=Path, default=Path("runs/claims/results"))
     parser.add_argument("--output", type=Path, default=Path("docs/figures"))
     args = parser.parse_args()
-    try:
-        import matplotlib
-        matplotlib.use("Agg")  # files only, so no display is needed
-        import matplotlib.pyplot as plt
-    except ImportError:
-        parser.exit(2, "claims_plot.py needs matplotlib: pip install matplotlib\n")
     results = read_results(args.results)
     if not results:
         parser.exit(1, f"no results in {args.results}; python bench/claims.py --quick makes some\n")
+    plt.switch_backend("Agg")  # files only, so no display is needed
     plt.rcParams.update(STYLE)
     args.output.mkdir(parents=True, exist_ok=True)
     for draw in (accuracy, lengths, curriculum, controls):
         path = args.output / f"{draw.__name__}.png"
-        draw(plt, results).savefig(path)
+        draw(results).savefig(path)
         print(path)
 
 

@@ -8,16 +8,16 @@ cd "$(dirname "$0")/.."
 device=${DEVICE:-cuda} out=${OUT:-bench/results/gpu} total=${SECONDS_AT_MOST:-420}
 work=$(mktemp -d) failed=0
 mkdir -p "$out"
-rm -f "$out"/{log,summary}.txt "$out"/{sampler,head,update,machine}.md
+rm -f "$out"/{log,summary}.txt "$out"/{machine,real,sampler,profile,head,update}.md
 trap 'rm -rf "$work"' EXIT
-export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=passive
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=passive TORCH_CUDNN_SDPA_DEPRIORITIZED=1
 
 step() {  # name, most seconds, command: its end and exit status go to summary.txt, all it says to log.txt
     local name=$1 most=$2 began=$SECONDS status=skipped
     shift 2
     [ $((total - SECONDS)) -lt "$most" ] && most=$((total - SECONDS))
     if [ "$most" -gt 0 ]; then
-        timeout -k 5 "$most" "$@" > "$work/output" 2>&1
+        timeout -s INT -k 10 "$most" "$@" > "$work/output" 2>&1
         status=$?
     else
         : > "$work/output"
@@ -28,15 +28,18 @@ step() {  # name, most seconds, command: its end and exit status go to summary.t
       tail -n 6 "$work/output" | cut -c 1-300 | sed 's/^/    /'; } | tee -a "$out/summary.txt"
 }
 
-shape=qwen2.5-0.5b vocab=None layers=4 check=(--layers 4) sampler=(--case gpu --repeats 2 --minutes 1.2) head=(--repeats 3) update=(--repeats 2)
+shape=qwen2.5-0.5b vocab=None layers=4
+real=(--rival transformers --repeats 1 --minutes 0.8)  # prompts of a data set's lengths, against generate
+sampler=(--repeats 2 --minutes 1.4) profile=() head=(--repeats 3) update=(--repeats 2)
 if [ "$device" = cpu ]; then
-    shape=tiny vocab=401 layers=1 check=(--quick) sampler=(--case branches --quick --repeats 1) head=(--rows 16 --hidden 64 --repeats 1)
-    update=(--case tiny --quick --repeats 1)
+    shape=tiny vocab=401 layers=1
+    real=(--quick --layers 1 --repeats 1 --minutes 0.1)
+    sampler=(--quick --layers 1 --repeats 1 --minutes 0.4) profile=(--layers 1)
+    head=(--rows 16 --hidden 64 --repeats 1) update=(--case tiny --quick --repeats 1)
 fi
 on=(--device "$device")
 step machine 30 python3 bench/timing.py "${on[@]}" --write "$out/machine.md"
-step tests 110 python3 -m pytest -m gpu -q -p no:cacheprovider --tb=short
-step rollouts 60 python3 bench/sampler.py "${on[@]}" --check "${check[@]}"
+step tests 170 python3 -m pytest -m gpu -q -p no:cacheprovider --tb=short
 step model 30 python3 -c "import sys; sys.path.insert(0, 'bench'); import timing
 timing.random_model('$shape', $layers, vocab=$vocab).save_pretrained('$work/model')"
 cp examples/chain/model/tokenizer*.json "$work/model"
@@ -44,9 +47,17 @@ step run 50 python3 bread.py --model "$work/model" --data examples/chain/train.j
     --steps 3 --problems-per-step 4 --group-size 4 --max-new-tokens 64 --on-fail expert
 step metrics 5 tail -n 1 "$work/run/metrics.jsonl"
 step example 40 python3 bread.py --steps 2 --output "$work/example" "${on[@]}"
-step sampler 90 python3 bench/sampler.py "${on[@]}" "${sampler[@]}" --write "$out/sampler.md"
-step head 40 python3 bench/head.py "${on[@]}" "${head[@]}" --rival torch --write "$out/head.md"
+step real 80 python3 bench/sampler.py "${on[@]}" --case real "${real[@]}" --write "$out/real.md"
+step sampler 120 python3 bench/sampler.py "${on[@]}" --case gpu "${sampler[@]}" --write "$out/sampler.md"
+step profile 50 python3 bench/sampler.py "${on[@]}" --profile "${profile[@]}" --write "$out/profile.md"
 step update 60 python3 bench/update.py "${on[@]}" "${update[@]}" --write "$out/update.md"
+step head 40 python3 bench/head.py "${on[@]}" "${head[@]}" --rival torch --write "$out/head.md"
+step whole 40 python3 bench/step.py "${on[@]}" --repeats 2
+# Without torch's own cache of memory, which hides where tensors end.
+if command -v compute-sanitizer > /dev/null; then
+    step memcheck 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+        python3 -m pytest -q -p no:cacheprovider tests/test_kernels.py -k "rows_of_all_kinds and bfloat16"
+fi
 [ "$device" = cpu ] || nvidia-smi >> "$out/log.txt" 2>&1
 echo "all steps took $SECONDS s" | tee -a "$out/summary.txt"
 cat "$out/summary.txt"

@@ -1,4 +1,4 @@
-"""Times linear_logprob (log-prob and entropy from hidden states and LM head) against its rivals, by turns.
+"""Times linear_logprob, log-prob and entropy from hidden states and LM head, on random numbers, by turns.
 
     python bench/head.py [--device cuda|cpu] [--rows N] [--hidden D] [--vocab V] [--rival NAME ...]
 
@@ -94,7 +94,7 @@ def main():
     def more(_one, samples):
         both, forward = (statistics.median(column) for column in list(zip(*samples))[:2])
         return f"{forward:.4f}", f"{6 * rows * hidden * args.vocab / both / 1e12:.3f}"
-    write = timing.writer("The log-prob head", args, f"N = {rows}, D = {hidden}, V = {args.vocab}")
+    write = timing.writer(__doc__, args, f"N = {rows}, D = {hidden}, V = {args.vocab}")
     write(timing.comparison(results, failed, ("forward s", "TFLOP/s"), more))
 
 

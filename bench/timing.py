@@ -19,9 +19,9 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-# As in bread.py: threads that spin at barriers collapse as soon as another program takes a core. Set it to
-# `active` outside to measure as a quiet machine with libgomp's own default has it.
+# As in bread.py, which says why; OMP_WAIT_POLICY=active outside is libgomp's own default.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 
 BENCH = Path(__file__).resolve().parent
@@ -31,8 +31,9 @@ sys.path[:] = [str(BENCH.parent), str(BENCH), *OTHERS]
 from model import ModelConfig, Transformer
 
 # model type, vocabulary, hidden, layers, query heads, key/value heads, feed-forward, tied: the published
-# config.json of each Qwen2.5, and a tiny Qwen3 of 796,032 parameters.
+# config.json of SmolLM2 and each Qwen2.5, and a tiny Qwen3 of 796,032 parameters.
 SHAPES = {"tiny": ("qwen3", 64, 128, 4, 4, 2, 384, True),
+          "smollm2-135m": ("llama", 49152, 576, 30, 9, 3, 1536, True),
           "qwen2.5-0.5b": ("qwen2", 151936, 896, 24, 14, 2, 4864, True),
           "qwen2.5-1.5b": ("qwen2", 151936, 1536, 28, 12, 2, 8960, True),
           "qwen2.5-7b": ("qwen2", 152064, 3584, 28, 28, 4, 18944, False)}
@@ -69,6 +70,7 @@ def import_rival(name, wanted=any(text.startswith("--rival") for text in sys.arg
     sys.path[:] = OTHERS
     try:
         if wanted:
+            os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
             importlib.import_module("transformers.utils").is_kernels_available()
             return importlib.import_module(name)
     except ImportError:
@@ -117,8 +119,8 @@ def peak_of(call, device):
 
     gc.collect()
     if device.type == "cuda":
-        call()  # compiles kernels, and lets cuBLAS take its workspace
         before = torch.cuda.memory_allocated()
+        call()  # compiles kernels; what it keeps for later calls counts, what tuning takes does not
         torch.cuda.reset_peak_memory_stats()
         call()
         return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:,.0f}"
@@ -138,8 +140,8 @@ def take_turns(rivals, device, repeats, deadline=math.inf):
 
     A rival is called without arguments and returns (seconds, ...); a sample is that and, as the last one, the
     CPU seconds of all threads. An untimed call, in which the peak is taken, then rounds in which every one
-    runs once, so that a busy neighbour slows all. None is begun after the deadline (time.monotonic()) and no
-    round that would pass it; the first round always runs.
+    runs once, so that a busy neighbour slows all. Nothing is begun after the deadline (time.monotonic()) but
+    the first round, which always runs.
     """
     peaks = {}
     failed = {}
@@ -154,15 +156,12 @@ def take_turns(rivals, device, repeats, deadline=math.inf):
                 raise
             failed[one] = f"{type(error).__name__}: {error}".split("\n")[0]
     samples = {one: [] for one in peaks}
-    longest = 0.0
     for done in range(repeats):
-        began = time.monotonic()
-        if done and began + longest > deadline:
+        if done and time.monotonic() > deadline:
             break
         for one in samples:
             cpu = time.process_time()
             samples[one].append((*one(), time.process_time() - cpu))
-        longest = max(longest, time.monotonic() - began)
     return {one: (samples[one], peaks[one]) for one in samples}, failed
 
 
@@ -197,7 +196,7 @@ def matmul_rate(device, dtype):
 
 NOTES = """n: timed rounds. "ratio": seconds of this one over the first one's in the same round, above 1 where
 the first is faster. CPU s: processor time of a call, all threads, median; where neighbours take the cores,
-compare this. peak: growth of memory in one call, above weights and inputs."""
+compare this. peak: growth of memory by one call, above weights and inputs."""
 
 
 def spread(values, form="{:.3f}"):
@@ -222,7 +221,8 @@ def comparison(results, failed, heads=(), more=lambda one, samples: ()):
 
 
 def writer(title, args, *facts):
-    """A function that prints a text and adds it to --write; both begin with what runs where."""
+    """A function that prints a text and adds it to --write; both begin with what runs where. title: of a
+    module's docstring the first line, which says whether inputs are made up."""
     texts = []
 
     def write(text):
@@ -238,9 +238,11 @@ def writer(title, args, *facts):
     for name in ("torch", "triton", "transformers", "trl"):
         if name in sys.modules:
             versions.append(f"{name} {sys.modules[name].__version__}")
-    write(f"# {title}\n\n{datetime.now():%Y-%m-%d %H:%M}, {machine}, {os.cpu_count()} cores, load average "
-          f"{os.getloadavg()[0]:.1f}\n{', '.join(versions)}, {torch.get_num_threads()} torch threads, "
-          f"OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}, {args.dtype}\n`python {shlex.join(sys.argv)}`\n")
+    write(f"# {title.splitlines()[0]}\n\n{datetime.now():%Y-%m-%d %H:%M}, {machine}, "
+          f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}\n"
+          f"{', '.join(versions)}, {torch.get_num_threads()} torch threads, "
+          f"OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}, GOMP_SPINCOUNT={os.environ['GOMP_SPINCOUNT']}, "
+          f"{args.dtype}\n`python {shlex.join(sys.argv)}`\n")
     write("\n".join([*facts, "", NOTES, ""]))
     return write
 

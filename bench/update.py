@@ -1,11 +1,12 @@
-"""Times forward and backward of one update: a shared prefix once, against whole rows padded to the right.
+"""Times an update on made-up rollouts: a shared prefix once, against whole rows padded to the right.
 
     python bench/update.py                                    # every case that suits the device
     python bench/update.py --case 0.5b --layers 6 --threads 2 --write bench/results/update-cpu.md
 
 "shared" is bread.update with a stand-in for the optimizer. "padded" gives the same rollouts to the same loss
-and head, but every rollout is a row (context, completion, padding) of one ordinary causal pass. Both send a
-gradient to every parameter; that its norm agrees is checked.
+and head, but every rollout is a row (context, completion, padding) of one ordinary causal pass. "recompute":
+activations are computed again in the backward pass, as under --recompute. All send a gradient to every
+parameter; that its norm agrees is checked.
 
 Dimension key: T positions   N tokens that carry loss   D hidden size   B rows of a micro-batch
 """
@@ -95,10 +96,11 @@ class UpdateVariant:
     def __call__(self):
         counts = []
         model = self.policy.model
+        model.recompute = "recompute" in self.name
         hook = model.register_forward_pre_hook(lambda _model, inputs: counts.append(inputs[0].numel()))
         began = timing.now(self.policy.device)
         try:
-            if self.name == "shared":
+            if self.name.startswith("shared"):
                 bread.update(self.policy, self, self.ranks, self.groups, 0.0, on_policy_loss)
             else:
                 padded_update(self.policy, self, self.groups)
@@ -115,19 +117,17 @@ class UpdateVariant:
             self.norm = torch.linalg.vector_norm(torch.stack(norms)).item()
 
 
-def new_policy(case, args):
-    """What bread.update needs of a policy, with a model of random weights."""
-    config = Config(micro_batch_size=case.micro_batch, group_size=case.group_size)
-    model = timing.random_model(case.shape, args.layers, args.dtype, args.device)
-    ops = importlib.import_module("kernels" if args.device.type == "cuda" else "model")
-    return SimpleNamespace(config=config, device=args.device, model=model, reference=None, ops=ops)
-
-
-def measure_case(case, policy, args, rate):
+def measure_case(case, args, rate):
     """Measure one case. "tokens through": what the network was given, padding included. TFLOP/s: 6 x
     (parameters of the layers x tokens through + those of the head x tokens that carry loss) / time."""
     groups = make_groups(case)
-    variants = [UpdateVariant(name, policy, groups) for name in ("shared", "padded")]
+    # What bread.update needs of a policy.
+    config = Config(micro_batch_size=case.micro_batch, group_size=case.group_size)
+    model = timing.random_model(case.shape, args.layers, args.dtype, args.device)
+    ops = importlib.import_module("kernels" if args.device.type == "cuda" else "model")
+    policy = SimpleNamespace(config=config, device=args.device, model=model, reference=None, ops=ops)
+    names = "shared", "padded", "shared, recompute"
+    variants = [UpdateVariant(name, policy, groups) for name in names]
     results, failed = timing.take_turns(variants, args.device, args.repeats)
     norms = [one.norm for one in results]
     tolerance = 0.05 if args.dtype == torch.bfloat16 else 1e-3  # bf16 rounds at 2^-8
@@ -155,13 +155,13 @@ def main():
     parser.add_argument("--quick", action="store_true", help="an eighth of all lengths: a smoke run")
     args = timing.parse(parser)
     rate = timing.matmul_rate(args.device, args.dtype)
-    write = timing.writer("The update", args, f"matrix product {rate / 1e12:.3g} TFLOP/s")
+    write = timing.writer(__doc__, args, f"matrix product {rate / 1e12:.3g} TFLOP/s")
     for name in args.case or (["1.5b"] if args.device.type == "cuda" else ["tiny", "0.5b"]):
         case = CASES[name]
         if args.quick:
             lengths = {key: getattr(case, key) // 8 for key in ("context", "shortest", "longest")}
             case = dataclasses.replace(case, **lengths)
-        write(measure_case(case, new_policy(case, args), args, rate))
+        write(measure_case(case, args, rate))
 
 
 if __name__ == "__main__":
