@@ -22,6 +22,7 @@ from pathlib import Path
 # As in bread.py, which says why; OMP_WAIT_POLICY=active outside is libgomp's own default.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
 import torch
 
 BENCH = Path(__file__).resolve().parent
