@@ -105,10 +105,11 @@ def _partial_kernel(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, lengths_ptr, trun
         tile = pid // (K * prefix_splits)
         lane_L = tl.arange(0, TILE_LANES)
         row_L = tl.load(rows_ptr + tile * M + lane_L // G, mask=lane_L < M * G, other=-1).to(tl.int64)
+        is_live_L = tl.load(lengths_ptr + row_L, mask=row_L >= 0, other=0) > 0
         query_L = head * G + lane_L % G
         at = head * trunk_stride_k + tl.load(begins_ptr + tile).to(tl.int64) * trunk_stride_n
         _attend_chunk(q_ptr + row_L * q_stride + query_L * C, trunk_keys_ptr + at, trunk_values_ptr + at,
-                      trunk_stride_n, (row_L * H + query_L) * P + split, row_L >= 0,
+                      trunk_stride_n, (row_L * H + query_L) * P + split, is_live_L,
                       tl.load(prefix_lengths_ptr + tile), split, prefix_splits, acc_ptr, max_ptr, sum_ptr, c,
                       C, BLOCK_C, TILE_LANES, BLOCK_N)
     else:
@@ -147,9 +148,10 @@ def _merge_kernel(acc_ptr, max_ptr, sum_ptr, lengths_ptr, rows_ptr, prefix_lengt
     place = tl.arange(0, PLACES)
     is_here = tl.load(rows_ptr + place, mask=place < num_places, other=-1) == row
     prefix_length = tl.sum(tl.load(prefix_lengths_ptr + place // M, mask=is_here, other=0), axis=0)
+    own_length = tl.load(lengths_ptr + row)
     split = tl.arange(0, SPLITS)
     is_prefix = split < prefix_splits
-    length = tl.where(is_prefix, prefix_length, tl.load(lengths_ptr + row))
+    length = tl.where(is_prefix & (own_length > 0), prefix_length, own_length)
     splits = tl.where(is_prefix, prefix_splits, own_splits)
     nth = tl.where(is_prefix, split, split - prefix_splits)
     # Chunks without keys, known by the lengths as in _attend_chunk, were not written: memory may hold NaN.
@@ -183,10 +185,10 @@ def decode_attention(q_RHC, new, own, lengths_R, trunk, tiles):
     """Attention of one new token per row over [its prefix in the trunk ; its own tokens] -> out_RHC.
 
     Pairs of keys and values: new (R, K, C), of this token, are stored as the last of each row's own first.
-    own (R, K, S, C), of R rows or more: the first lengths_R (int32) count, the new token included; a row of
-    length 0 stores none, and without any key gives zeros. trunk (K, N, C). Scaled by C**-0.5; softmax and
-    sums are float32. No gradient. bfloat16, float16 or float32, on CUDA, C even, at most 256; rows of q and
-    new may be far apart, of own and trunk only the last stride has to be 1. Raises ValueError for others.
+    own (R, K, S, C), of R rows or more: the first lengths_R (int32) count, the new token included. A row of
+    length 0 is idle: it stores and reads nothing, and gives zeros. trunk (K, N, C). Scaled by C**-0.5;
+    softmax and sums are float32. No gradient. bfloat16, float16 or float32, on CUDA, C even, at most 256;
+    rows of q and new may be far apart, of own and trunk the last stride has to be 1. ValueError for others.
     Numbers in lengths and tiles are not checked: that would wait for the GPU.
     """
     BLOCK_C = max(16, triton.next_power_of_2(q_RHC.shape[-1]))  # what tensor cores take

@@ -471,7 +471,7 @@ def truth_in_float64(q_RHC, keys_RKSC, values_RKSC, lengths_R, trunk_keys_KNC, t
         prefixes |= {row: slice(begin, begin + length) for row in rows if length}
     sums = []
     for r, length in enumerate(lengths_R.tolist()):
-        prefix = prefixes.get(r, slice(0, 0))
+        prefix = prefixes.get(r, slice(0)) if length else slice(0)  # an idle row attends to nothing
         k_KXC = torch.cat([trunk_keys_KNC[:, prefix], keys_RKSC[r, :, :length]], dim=1).double()
         v_KXC = torch.cat([trunk_values_KNC[:, prefix], values_RKSC[r, :, :length]], dim=1).double()
         q_KGC = q_RHC[r].double().unflatten(0, (len(k_KXC), -1))
@@ -510,7 +510,7 @@ LONG = [(150, [0, 4, 2]), (140, [1, 3])], [150, 33, 0, 96, 149]  # in 3 chunks 9
     *[(ONE_GROUP, {"C": 16, "M": M, "H": 7}) for M in (1, 3, 16)],
     *[(LONG, {"C": 16, "M": 2, "H": 4, "K": 2, "S": 300, "max_prefix": P}) for P in (0, 150, 1000)]])
 def test_rows_of_all_kinds_are_right(case, sizes, dtype):
-    """H/K = 20 is over 16 lanes; a group in 6, 2 or 1 tiles; 1 to 3 chunks; without a key zeros, not NaN."""
+    """H/K = 20 is over 16 lanes; a group in 6, 2 or 1 tiles; 1 to 3 chunks; idle rows give zeros, not NaN."""
     assert_attended_right(*decode_case(*case, dtype=dtype, **sizes))
 
 

@@ -29,8 +29,8 @@ OURS = {path.stem for path in ROOT.glob("*.py")} | {"kernels"}
 # steps take 60 lines, prefill by buckets and sampling by chunks 35; in kernels/ fused.py and capture.py 161.
 LINES = {"bread.py": 688, "config.py": 162, "model.py": 525, "sampler.py": 571, "packing.py": 210,
          "parallel.py": 220, "traces.py": 320, "data.py": 220, "rewards.py": 250, "checkpoint.py": 232,
-         "report.py": 264, "kernels": 719}
-SHIPPED_LINES = 4155  # 4,375 once data.py is there
+         "report.py": 264, "kernels": 721}
+SHIPPED_LINES = 4157  # 4,377 once data.py is there
 TEST_LINES = 5195  # 4,500 were asked for; 289 prove the methods and the search, 220 fused kernels and graphs
 BENCH_LINES = 1800
 
