@@ -123,8 +123,8 @@ class PrefillCache:
         self.buckets = []  # (B, T) each: where in the row their tokens are, padded
         kept = []
         for _, same in itertools.groupby(members, lambda i: int(4 * math.log2(trunk.lengths[i]))):
-            spans_B2 = torch.tensor([(trunk.starts[i] - self.first, trunk.lengths[i]) for i in same])
-            at_BT, is_padding_BT = padded_spans(*spans_B2.to(device).split(1, 1))
+            spans_B2 = upload([(trunk.starts[i] - self.first, trunk.lengths[i]) for i in same], device)
+            at_BT, is_padding_BT = padded_spans(*spans_B2.split(1, 1))
             self.buckets.append(at_BT)
             kept.append(~is_padding_BT.flatten())
         self.kept_N = torch.cat(kept).nonzero().flatten()  # what of all buckets is no padding
@@ -164,7 +164,7 @@ def prefill(model, sequences, tokens_per_pass=4096):
         members = list(members)
         tokens = [token for i in members for token in sequences[i]]
         positions = [position for i in members for position in range(trunk.lengths[i])]
-        tokens_BT, positions_BT = torch.tensor([[tokens], [positions]], device=device)
+        tokens_BT, positions_BT = upload([[tokens], [positions]], device)
         hiddens.append(model(tokens_BT, positions_BT, PrefillCache(trunk, members, device))[0])
     trunk.hidden_ND = torch.cat(hiddens)
     return trunk
@@ -174,6 +174,12 @@ def padded_spans(begins_B1, lengths_B1):
     """(B, T): the indices of each span, its last one repeated up to the longest; and which are repeats."""
     nth_T = torch.arange(int(lengths_B1.max()), device=lengths_B1.device)
     return begins_B1 + nth_T.minimum(lengths_B1 - 1), nth_T >= lengths_B1
+
+
+def upload(table, device):
+    """Lists of integers as a tensor; the copy to a GPU does not wait for it."""
+    table_XX = torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table_XX.to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------- rows, and the batch that samples them
@@ -202,7 +208,7 @@ class Rows:
         self.num = len(self.states)
         self.steps = max((limit for *_, limit, _ in self.states), default=0)
         device = trunk.hidden_ND.device
-        self.stops_1X = torch.tensor([params.stop_token_ids], dtype=torch.int64, device=device)
+        self.stops_1X = upload([params.stop_token_ids], device)
         shape = self.num + 1, self.steps + 1
         self.tokens_RS = torch.zeros(shape, dtype=torch.int64, device=device)
         self.logprobs_RS = torch.zeros(shape, device=device)
@@ -386,12 +392,6 @@ class Places:
         else:
             is_idle_R = places_6R[0] < 0
         return is_idle_R.nonzero().flatten().tolist()
-
-
-def upload(table, device):
-    """Lists of integers as a tensor; the copy to a GPU does not wait for it."""
-    table_XX = torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return table_XX.to(device, non_blocking=True)
 
 
 def tile_table(prefixes, M):
