@@ -26,9 +26,11 @@ Dimension key: G rollouts of a group   N sampled tokens of a micro-batch, end to
 """
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import random
 import sys
@@ -41,14 +43,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # cuDNN, which torch prefers for attention, plans anew for every length that it meets.
 os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+# Micro-batches differ in length: segments that grow leave no gaps between blocks of CUDA memory.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# On a CPU glibc would give every freed block of 32 MB back to the kernel, which has to clear the pages of the
+# next one: 8% of an update. M_MMAP_MAX = 0: no such blocks; M_TRIM_THRESHOLD = -1: nothing goes back.
+if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):  # musl has none
+    ctypes.CDLL(None).mallopt(-4, 0)
+    ctypes.CDLL(None).mallopt(-1, -1)
 import torch
 
 import model as plain
 import report
-from checkpoint import RunFolder, load
+from checkpoint import RunFolder, load, write_tensors
 from config import load_function, parse_args
-from packing import Prefixes, forward_suffixes, make_batches
+from packing import Prefixes, forward_suffixes, halve, make_batches
 from parallel import MasterAdamW, Ranks
+from plan import host_memory, make_plan
 from rewards import extract_answer, math_reward, parse_gold
 from sampler import Fork, Places, SamplingParams, branch, prefill
 from traces import Problem, Tokenizer, load_problems
@@ -57,7 +67,7 @@ EXAMPLE = Path(__file__).resolve().parent / "examples" / "chain"
 HINT_ROOM = 64  # tokens for the words around a hint; the hint itself counts toward --max-new-tokens
 # Options that a resumed run may change: they decide when it stops and what fits, never what is computed.
 MAY_DIFFER = """steps token_budget output overwrite resume device eval_every eval_samples save_every data
-                eval_data eval_sha256 sample_batch_size micro_batch_size recompute
+                eval_data eval_sha256 sample_batch_size micro_batch_tokens recompute offload
                 max_skipped_updates""".split()
 
 
@@ -118,6 +128,7 @@ class Policy:
         self.reference = plain.Transformer.from_pretrained(config.model, device, dtype) if config.kl else None
         self.ops = None     # plain PyTorch
         self.places = None  # new ones for every call
+        self.micro_batch_tokens = config.micro_batch_tokens or 4096
         if device.type == "cuda":
             import kernels  # needs triton, which a CPU run does not
             self.ops = self.model.ops = kernels
@@ -126,26 +137,24 @@ class Policy:
         self.shown = {}
         self.probes = []
 
-    def reserve(self, problems, held_out, say):
-        """On CUDA: places for the whole run, for which a decode step is captured once. Their K/V may take a
-        third of the memory that is free."""
-        if self.ops is None:
-            return
-        config = self.config
+    def reserve(self, problems, held_out, num_ranks, say):
+        """Say what the run takes, and return this Plan. On CUDA: places for the whole run, for which a decode
+        step is captured once."""
+        lengths = lengths_of(problems, held_out)
         shape = self.model.config
-        free_bytes, _ = torch.cuda.mem_get_info(self.device)
-        token_bytes = 4 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim  # K, V in bf16
-        traces = sorted(len(problem.prompt_ids) + len(problem.expert_ids) for problem in problems)
-        prompts = sorted(len(problem.prompt_ids) for problem in held_out)
-        trunk = max(sum(traces[-config.problems_per_step:]), sum(prompts[-config.sample_batch_size:]))
-        rows = (free_bytes // 3 // token_bytes - 2 * trunk) // config.max_new_tokens
-        rows = max(1, min(rows, config.sample_batch_size))
-        # The attention kernel has room for heads of at most 256 channels.
-        ops = self.ops if shape.head_dim <= 256 else None
-        longest = max(traces[-1:] + prompts[-1:], default=0)
-        self.places = Places(self.model, rows, ops, config.max_new_tokens, trunk, longest)
-        say(f"K/V while sampling: ({rows} rows x {config.max_new_tokens} new tokens + 2 x {trunk} of prompts "
-            f"and traces) x {token_bytes / 1000:g} kB, at most a third of {free_bytes / 1e9:.3g} GB free")
+        plan = make_plan(shape, self.config, lengths, capacity(self.device), bool(self.ops), num_ranks)
+        say("\n".join(plan.lines()))
+        self.micro_batch_tokens = plan.micro_batch_tokens
+        if self.ops:
+            # The attention kernel has room for heads of at most 256 channels.
+            ops = self.ops if shape.head_dim <= 256 else None
+            longest = max(map(sum, lengths), default=0)
+            self.places = Places(self.model, plan.rows, ops, self.config.max_new_tokens, plan.trunk, longest)
+        return plan
+
+    def read(self, path, say):
+        """The problems of a JSONL file, [] without a path."""
+        return read_problems(self.config, self.tokenizer, self.model.config, path, say)
 
     def context(self, problem, cut):
         """(prompt ids, anchor ids): what the policy reads before it writes, by --anchor-placement."""
@@ -196,20 +205,20 @@ def train(config):
     saved, notes = ranks.from_first(folder.latest() if folder else (None, []))
     log = report.Log(config, ranks.rank == 0, notes)
     policy = Policy(config, ranks.device, saved or config.model)
-    problems, held_out = (read_problems(policy, path, log.say) for path in (config.data, config.eval_data))
+    problems, held_out = (policy.read(path, log.say) for path in (config.data, config.eval_data))
     method = load_function("--method", config.method, METHODS)
     loss_of = getattr(method, "loss", batch_loss)
-    optimizer = MasterAdamW(policy.model.parameters(), ranks, config.weight_decay)
+    optimizer = MasterAdamW(policy.model.parameters(), ranks, config.weight_decay, config.offload)
     if ranks.rank == 0 and not folder:  # not before everything was read: bad input leaves nothing behind
         folder = RunFolder(config.output, overwrite=config.overwrite)
     state = begin(config, ranks, folder, optimizer, saved, log.say)
-    policy.reserve(problems, held_out, log.say)
+    policy.reserve(problems, held_out, ranks.size, log.say)
     log.opening(policy, problems, held_out, state)
 
     evaluate(policy, ranks, held_out, state, folder)
     is_stuck = False
     ended = state.progress(config) >= 1
-    with keeping_tracebacks():
+    with training(ranks, functools.partial(save, policy, optimizer, ranks, folder, state)):
         while not ended:
             lr = learning_rate(config, state)
             batch = ranks.share(next_problems(problems, config, state.step))
@@ -227,7 +236,7 @@ def train(config):
             is_stuck = optimizer.skipped_in_a_row >= config.max_skipped_updates
             ended = ranks.interrupted() or is_stuck or state.progress(config) >= 1
             if ended or config.save_every and state.step % config.save_every == 0:
-                save(policy, optimizer, folder, state)
+                save(policy, optimizer, ranks, folder, state)
     log.closing(folder, state, is_example=config.model == str(EXAMPLE / "model"))
     ranks.leave()
     if is_stuck:
@@ -240,7 +249,8 @@ def bread(policy, problems, state):
     """Steps 1 to 3: one group per problem, unaided where some rollout was right, else behind an anchor."""
     groups = sample_groups(policy, [(problem, 0) for problem in problems], state.step, "base")      # 1
     failed = [problem for problem, group in zip(problems, groups) if num_successes(group) == 0]
-    anchored = search_anchors(policy, failed, state.step)                                           # 2
+    with report.clock(state.seconds, "search"):
+        anchored = search_anchors(policy, failed, state.step)                                       # 2
     groups = [anchored.get(problem.id) or group for problem, group in zip(problems, groups)]        # 3
     return after_failure(policy, groups, state.step)
 
@@ -278,7 +288,8 @@ def sample_groups(policy, points, step, purpose, trunk=None, group_size=None, te
         forks.append(Fork(sequence, len(context[0] + context[1]), row_ids, config.max_new_tokens - cut))
     groups = []
     places = policy.places or Places(policy.model, config.sample_batch_size)
-    sampled = branch(policy.model, cache, forks, params, places)
+    with out_of_memory("while sampling", f"--sample-batch-size {max(1, places.places_6R.shape[1] // 2)}"):
+        sampled = branch(policy.model, cache, forks, params, places)
     for (problem, cut), context, completions in zip(points, contexts, sampled):
         group = [policy.judge(problem, cut, context, completion) for completion in completions]
         groups.append(group)
@@ -395,7 +406,7 @@ def expert_rollouts(policy, problems, advantage=None):
         rollouts.append(Rollout(problem, cut, problem.prompt_ids, [], ids, [0.0] * len(ids), 1.0, "expert",
                                 advantage=advantage))
     unscored = rollouts if advantage is None else []
-    size = policy.config.micro_batch_size
+    size = policy.micro_batch_tokens
     for contexts, batches in make_batches(unscored, size, lambda rollout: 0.0, policy.device):
         for batch, logprobs_N in zip(batches, score(policy, policy.model, contexts, batches)):
             lengths = [len(rollout.completion_ids) for rollout in batch.rollouts]
@@ -462,6 +473,15 @@ def k3_divergence(logprobs_N, reference_N, weights_N):
     return (weights_N * (d_N.exp() - d_N - 1)).sum()
 
 
+def truncate_importance(batch, logprobs_N, cap):
+    """The batch under --importance-cap: a token's weight is multiplied by the trainer's probability over the
+    sampler's, which may round differently, at most by `cap`; the trainer's log-probs are then the old ones
+    (truncated importance sampling). An expert's token keeps its weight."""
+    log_ratio_N = report.log_ratio(batch, logprobs_N)
+    return dataclasses.replace(batch, old_logprobs_N=logprobs_N,
+                               weights_N=batch.weights_N * log_ratio_N.exp().clamp(max=cap))
+
+
 def batch_loss(config, batch, logprobs_N):
     """A micro-batch's share of GRPO's loss, with its KL term under --kl."""
     loss = grpo_loss(logprobs_N, batch.old_logprobs_N, batch.advantages_N, batch.weights_N,
@@ -503,32 +523,71 @@ def update(policy, optimizer, ranks, groups, lr, loss_of):
             return 1 / whole["tokens"]
         return 1 / (whole["rollouts"] * len(rollout.completion_ids))
 
-    packs = list(make_batches(trained, config.micro_batch_size, weight_of, policy.device))
+    packs = list(make_batches(trained, policy.micro_batch_tokens, weight_of, policy.device))
     sums = collections.Counter()
     norms = []
     for epoch in range(config.updates_per_batch if whole["trained"] else 0):
-        before = sums["loss"]
-        for contexts, batches in packs:
-            if epoch == 0 and policy.reference is not None:
-                for batch, reference_N in zip(batches, score(policy, policy.reference, contexts, batches)):
-                    batch.reference_N = reference_N
-            prefixes = Prefixes(policy.model, contexts)
-            for batch in batches:
-                logprobs_N, entropies_N = token_logprobs(policy, policy.model, prefixes, batch)
-                report.measure(config, batch, logprobs_N.detach(), entropies_N, epoch == 0, sums)
-                loss = loss_of(config, batch, logprobs_N)
-                loss.backward()
-                sums["loss"] += loss.item()
-            prefixes.backward()
-            sums["tokens/trained"] += sum(map(len, contexts)) + sum(len(batch.targets_N) for batch in batches)
-        norms.append(optimizer.step(lr, config.grad_clip, sums["loss"] - before))
+        passed, packs = add_gradients(policy, packs, loss_of, is_first=epoch == 0)
+        sums.update(passed)  # of a Counter, this adds
+        with out_of_memory("in the optimizer", "--offload"):
+            norms.append(optimizer.step(lr, config.grad_clip, passed["loss"]))
     sums["loss"] /= max(len(norms), 1)
     return sums, norms
+
+
+def add_gradients(policy, packs, loss_of, is_first):
+    """The gradient of all micro-batches: (sums for metrics, the packs as later passes have to see them).
+
+    Where memory runs out all begins anew with micro-batches of half the size, which changes no gradient."""
+    while True:
+        sums = collections.Counter()
+        try:
+            seen = [run_pack(policy, *pack, loss_of, is_first, sums) for pack in packs]
+            return {name: getattr(number, "item", lambda: number)() for name, number in sums.items()}, seen
+        except torch.OutOfMemoryError as error:
+            failure = error.with_traceback(None)  # whose frames hold the tensors of the pass
+        policy.model.zero_grad(set_to_none=True)
+        halved = list(itertools.chain.from_iterable(halve(*pack) for pack in packs))
+        if num_batches(halved) == num_batches(packs):
+            with out_of_memory("with one rollout", "--recompute, --offload or a lower --max-new-tokens"):
+                raise failure
+        packs = halved
+        policy.micro_batch_tokens = max(1, policy.micro_batch_tokens // 2)
+        print(f"out of memory: from now on micro-batches of {policy.micro_batch_tokens} tokens "
+              "(--micro-batch-tokens)", file=sys.stderr)
+
+
+def num_batches(packs):
+    return sum(len(batches) for _, batches in packs)
+
+
+def run_pack(policy, contexts, batches, loss_of, is_first, sums):
+    """Forward and backward of rollouts that share prefixes; adds to `sums`, which wait for no device."""
+    config = policy.config
+    if is_first and policy.reference is not None:
+        for batch, reference_N in zip(batches, score(policy, policy.reference, contexts, batches)):
+            batch.reference_N = reference_N
+    prefixes = Prefixes(policy.model, contexts)
+    seen = []
+    for batch in batches:
+        logprobs_N, entropies_N = token_logprobs(policy, policy.model, prefixes, batch)
+        sums.update(report.measure(config, batch, logprobs_N.detach(), entropies_N, is_first))
+        if is_first and config.importance_cap:
+            batch = truncate_importance(batch, logprobs_N.detach(), config.importance_cap)
+        loss = loss_of(config, batch, logprobs_N)
+        loss.backward()
+        sums["loss"] += loss.detach().double()
+        sums["tokens/trained"] += len(batch.targets_N)
+        seen.append(batch)
+    prefixes.backward()
+    sums["tokens/trained"] += sum(map(len, contexts))
+    return contexts, seen
 
 
 @torch.no_grad()
 def score(policy, model, contexts, batches):
     """Log-probs of the batches' targets under `model`, without a gradient: [(N,), ...]."""
+    policy.counts["tokens/scored"] += sum(map(len, contexts)) + sum(len(batch.targets_N) for batch in batches)
     prefixes = Prefixes(model, contexts)
     return [token_logprobs(policy, model, prefixes, batch)[0] for batch in batches]
 
@@ -551,13 +610,13 @@ def learning_rate(config, state):
 # ---------------------------------------------------------------- problems, evaluation, files
 
 
-def read_problems(policy, path, say):
-    """Problems of a JSONL file that fit the model's context and whose gold answer and trace agree."""
+def read_problems(config, tokenizer, shape, path, say):
+    """Problems of a JSONL file that fit the context of a model of this ModelConfig and whose gold answer and
+    trace agree."""
     if not path:
         return []
-    config = policy.config
-    window = policy.model.config.max_position_embeddings
-    problems = load_problems(path, policy.tokenizer, max_episodes=config.max_episodes, max_tokens=window,
+    window = shape.max_position_embeddings
+    problems = load_problems(path, tokenizer, max_episodes=config.max_episodes, max_tokens=window,
                              system=config.system or None, log=say)
     usable = [p for p in problems if parse_gold(p.answer) is not None
               and (extract_answer(p.trace) is None or math_reward(p.trace, p.answer) > 0)]
@@ -625,7 +684,7 @@ def begin(config, ranks, folder, optimizer, saved, say):
             if name in ("steps", "token_budget") and now != was:
                 say(f"--resume: the run ends at --{name.replace('_', '-')} {now}, not {was}; decay of the "
                     "learning rate and every schedule over the run move with it")
-        tensors, record = load(saved)
+        tensors, record = load(saved, optimizer.owns)
         optimizer.restore(tensors)
         state = State(**record)
     if folder:
@@ -636,22 +695,80 @@ def begin(config, ranks, folder, optimizer, saved, say):
     return state
 
 
-def save(policy, optimizer, folder, state):
-    """checkpoint-N: a Hugging Face folder, beside it masters, moments and the state."""
-    tensors = optimizer.state()  # of all ranks, whole on the first
+def save(policy, optimizer, ranks, folder, state):
+    """checkpoint-N: a Hugging Face folder, beside it masters and moments, by the rank that owns them, and the
+    state. The folder --output is that of all ranks."""
+    def write(path=None):
+        path = ranks.from_first(path)
+        if folder:
+            # Tokenizer files come from --model: checkpoints come and go.
+            policy.model.save_pretrained(path, companions=policy.config.model)
+        write_tensors(path, ranks.rank, optimizer.state())
+        ranks.gather(None)  # all are done
+
     if folder:
-        # Tokenizer files come from --model: checkpoints come and go.
-        write_model = functools.partial(policy.model.save_pretrained, companions=policy.config.model)
-        folder.save(state.step, write_model, tensors, dataclasses.asdict(state))
+        sizes = [weight.numel() * (weight.element_size() + 12) for weight in optimizer.weights]
+        folder.save(state.step, write, dataclasses.asdict(state), sum(sizes))
+    else:
+        write()
 
 
 @contextlib.contextmanager
-def keeping_tracebacks():
-    """Once training has begun, a ValueError is no bad input but a bug, of ours or of a user's method."""
+def training(ranks, save_run):
+    """Once training has begun, a ValueError is no bad input but a bug, of ours or of a user's method; and
+    where memory runs out the run is saved as it was after its last step. (Not by several processes: those
+    that have enough memory wait for this one, which can only end.)"""
     try:
         yield
+        return
     except (ValueError, FloatingPointError) as error:
         raise RuntimeError(f"training broke off: {error}") from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        failure = error.with_traceback(None)  # whose frames hold tensors: saving needs their memory
+    if ranks.size == 1:
+        save_run()
+    raise failure
+
+
+@contextlib.contextmanager
+def out_of_memory(where, flags):
+    """Turns the error of a device without memory into a MemoryError that says what to type."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        text = str(error).splitlines()[0]
+        raise MemoryError(f"out of memory {where}: give {flags}; --plan shows what takes how much ({text})"
+                          ) from error.with_traceback(None)
+
+
+def lengths_of(problems, held_out):
+    """(tokens of the prompt, of the expert's trace) of every problem; of a held-out one no trace is used."""
+    return [(len(problem.prompt_ids), len(problem.expert_ids)) for problem in problems] + [
+        (len(problem.prompt_ids), 0) for problem in held_out]
+
+
+def capacity(device):
+    """Bytes that this process may hold: of a GPU what is free or its own already, or the host's memory."""
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return free_bytes + torch.cuda.memory_reserved(device)
+    return host_memory()
+
+
+def plan_only(config):
+    """--plan: what a run takes, by config.json and, where they are given, the problems; no weights."""
+    shape = plain.ModelConfig.from_dict(plain.read_config(config.model))
+    lengths = []
+    if config.data or config.eval_data:
+        tokenizer = Tokenizer.from_pretrained(config.model)
+        lengths = lengths_of(*(read_problems(config, tokenizer, shape, path, print)
+                               for path in (config.data, config.eval_data)))
+    ranks = Ranks("cpu" if config.plan else config.device)
+    room = (config.plan - 1) * 1e9 if config.plan else capacity(ranks.device)  # CUDA itself takes about 1 GB
+    on_cuda = bool(config.plan) or ranks.device.type == "cuda"
+    print("\n".join(make_plan(shape, config, lengths, room, on_cuda, ranks.size).lines()))
+    ranks.leave()
+    return 0
 
 
 def evaluate_only(config):
@@ -660,8 +777,8 @@ def evaluate_only(config):
     state = State()
     policy = Policy(config, ranks.device, config.model)
     log = report.Log(config, ranks.rank == 0)
-    held_out = read_problems(policy, config.eval_data, log.say)
-    policy.reserve([], held_out, log.say)
+    held_out = policy.read(config.eval_data, log.say)
+    policy.reserve([], held_out, ranks.size, log.say)
     evaluate(policy, ranks, held_out, state, None)
     log.say(f"{len(held_out)} problems, no anchors: greedy {state.evals[-1]['eval/greedy']:.1%}, "
             f"sampled {state.evals[-1]['eval/accuracy']:.1%}")
@@ -675,11 +792,15 @@ def main(argv=None):
     sys.modules.setdefault("bread", sys.modules[__name__])  # a user's `import bread` gets no second copy
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv, EXAMPLE)
-        return evaluate_only(config) if config.eval else train(config)
+        flags = "a lower --sample-batch-size or --micro-batch-tokens, --recompute or --offload"
+        with out_of_memory("", flags):
+            if config.plan >= 0:
+                return plan_only(config)
+            return evaluate_only(config) if config.eval else train(config)
     except ValueError as error:
         print(f"bread.py: {error}", file=sys.stderr)
         return 2
-    except (OSError, FloatingPointError) as error:  # a full disk, say; checkpoints saved before are whole
+    except (OSError, FloatingPointError, MemoryError) as error:  # what was saved before is whole
         print(f"bread.py: {error}", file=sys.stderr)
         return 1
 

@@ -2,7 +2,7 @@
 
     run.json, metrics.jsonl, samples.jsonl, probes.jsonl
     checkpoint-40/            a Hugging Face folder that loads as it is, and beside the model
-        trainer.tensors         the optimizer's master weights and moments, in safetensors format
+        trainer-0-0.tensors     the optimizer's masters and moments, in safetensors format: of rank 0, part 0
         trainer.json            everything else, and the size of every file; written last
     .lock                     locked while a process writes here
 
@@ -10,18 +10,19 @@ A save fills checkpoint-40.tmp, waits for the disk (fsync), writes trainer.json 
 at any moment, it leaves older checkpoints alone, and whoever opens the run next finishes the job: a .tmp
 folder that has its trainer.json is complete and gets its name, any other is removed.
 """
+import itertools
 import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 LOGS = ("run.json", "metrics.jsonl", "samples.jsonl", "probes.jsonl")
-TENSORS = "trainer.tensors"  # not .safetensors: vLLM and SGLang load every such file of a folder as weights
-MANIFEST = "trainer.json"    # {"sizes": {file: bytes}, "record": what `save` was given}
+MANIFEST = "trainer.json"  # {"sizes": {file: bytes}, "record": what `save` was given}
+PART_BYTES = 2 << 30       # of one file of tensors: 2 GiB
 
 
 class RunFolder:
@@ -67,23 +68,20 @@ class RunFolder:
                 pass  # cut short, or the nothing behind the last line feed
         write_whole(path, b"".join(kept))
 
-    def save(self, step, write_model, tensors, record, keep=2):
+    def save(self, step, write, record, num_bytes, keep=2):
         """Write checkpoint-{step}, return its path; then only the newest `keep` checkpoints stay.
 
-        `write_model(folder)` writes the model's files; `load` gives `tensors` and `record`, JSON-able, back.
+        `write(folder)` writes the model and, by `write_tensors`, what every rank keeps, about `num_bytes`; it
+        ends, by an error too, only when no rank writes any more. `load` gives `record`, JSON-able, back.
         OSError when it fails, for lack of space for instance; the checkpoints before it stay intact.
         """
         final = self.path / f"checkpoint-{step}"
         unnamed = self.path / f"checkpoint-{step}.tmp"
-        # Beside `tensors` comes the model, which is no larger than either of Adam's two float32 moments.
-        needed = 1.5 * sum(tensor.nbytes for tensor in tensors.values())
         try:
-            if shutil.disk_usage(self.path).free < needed:
-                raise OSError(f"{needed / 1e9:.2f} GB are needed, fewer are free")
+            if shutil.disk_usage(self.path).free < num_bytes:
+                raise OSError(f"{num_bytes / 1e9:.2f} GB are needed, fewer are free")
             unnamed.mkdir()
-            write_model(unnamed)
-            on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(on_cpu, unnamed / TENSORS, metadata={"format": "pt"})
+            write(unnamed)
             seal(unnamed, record)
         except (OSError, SafetensorError) as error:
             raise OSError(f"{final} could not be saved, older checkpoints are intact: {error}") from error
@@ -136,15 +134,45 @@ class RunFolder:
         return sorted(((int(step), path) for step, path in folders.items() if step.isdecimal()), reverse=True)
 
 
-def load(folder):
-    """(tensors, record) that a checkpoint was saved with; ValueError names a damaged file."""
+def write_tensors(folder, rank, tensors, part_bytes=PART_BYTES):
+    """Write (name, tensor) pairs, of any device and layout, to trainer-{rank}-{part}.tensors in `folder`.
+
+    A generator may make each when asked; it is held, and must not change, until its part, `part_bytes` or a
+    little more, is on the disk. OSError when that fails. No pairs, no file.
+    """
+    pairs = iter(tensors)
+    for number in itertools.count():
+        # Parts, because safetensors wants all tensors of a file in host memory at once: 90 GB for masters and
+        # moments of 7B. Not .safetensors: vLLM and SGLang load every such file of a folder as weights.
+        file = folder / f"trainer-{rank}-{number}.tensors"
+        part = {}
+        for name, tensor in pairs:
+            part[name] = tensor.detach().cpu().contiguous()
+            if sum(held.nbytes for held in part.values()) >= part_bytes:
+                break
+        if not part:
+            return
+        try:
+            save_file(part, file, metadata={"format": "pt"})
+            flush_to_disk(file)  # here, too: no fsync of rank 0 reaches the cache of another machine
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{file.name} could not be written: {error}") from error
+        del part, tensor  # before the next tensor is made
+
+
+def load(folder, wanted):
+    """({name: tensor}, record) of a checkpoint, by however many ranks it was written: the tensors for which
+    `wanted(name)` is true, others are not read. ValueError names a damaged file."""
     record = read_record(Path(folder))
-    file = Path(folder) / TENSORS
-    try:
-        # load_file maps the file into memory; copies outlive the checkpoint, which a later save removes.
-        return {name: tensor.clone() for name, tensor in load_file(file).items()}, record
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}): remove {folder} to resume from an older one")
+    tensors = {}
+    for file in Path(folder).glob("trainer-*.tensors"):
+        try:
+            with safe_open(file, framework="pt") as part:
+                # The file is mapped into memory; copies outlive the checkpoint, which a later save removes.
+                tensors |= {name: part.get_tensor(name).clone() for name in part.keys() if wanted(name)}
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}): remove {folder} to resume from an older one")
+    return tensors, record
 
 
 def lock(path):

@@ -1,6 +1,6 @@
 """Every option of bread.py: its default, its reason and its limits beside each other. Standard library only.
 
-The dataclass is the command line: each field becomes a flag, `micro_batch_size` is --micro-batch-size.
+The dataclass is the command line: each field becomes a flag, `group_size` is --group-size.
 """
 import argparse
 import dataclasses
@@ -48,8 +48,10 @@ class Config:
     temperature: float = option(1.0, "of sampling, and of the log-probs that are trained on", POSITIVE)
     # Memory and speed. No result depends on these.
     sample_batch_size: int = option(256, "rows sampled at once; lower it when sampling runs out of memory", 1)
-    micro_batch_size: int = option(32, "rows per backward pass: memory and speed, never the gradient", 1)
+    micro_batch_tokens: int = option(
+        0, "tokens per backward pass, prefixes too (0: what fits): memory and speed, never the gradient", 0)
     recompute: bool = option(False, "compute activations again in the backward pass: less memory, more time")
+    offload: bool = option(False, "masters and moments in host memory: 6 bytes a parameter on a GPU, not 16")
     # The loss and the optimizer.
     updates_per_batch: int = option(1, "optimizer steps on each batch of rollouts", 1)
     lr: float = option(1e-6, "AdamW's learning rate after warm-up", POSITIVE)
@@ -72,6 +74,7 @@ class Config:
     eval_samples: int = option(1, "sampled answers per held-out problem, beside one greedy answer", 1)
     save_every: int = option(0, "steps between checkpoints (0: only at the end)", 0)
     eval: bool = option(False, "evaluate the model and stop")
+    plan: float = option(-1.0, "print what memory a run takes and stop; --plan 80: on a GPU of 80 GB", -1)
     resume: bool = option(False, "continue the run in --output from its last checkpoint")
 
     def __post_init__(self):
@@ -124,6 +127,8 @@ def parse_args(argv, example):
         kind = {"type": field.type, "choices": field.metadata["choices"]}
         if field.type is bool:
             kind = {"action": "store_true"}
+        if field.name == "plan":
+            kind |= {"nargs": "?", "const": 0.0}  # this machine
         parser.add_argument(flag_of(field), default=field.default, help=field.metadata["help"], **kind)
     args = parser.parse_args(argv)
     # The example's own flags come first, so that later ones win.
@@ -131,7 +136,7 @@ def parse_args(argv, example):
         files = ["--model", f"{example / 'model'}", "--data", f"{example / 'train.jsonl'}",
                  "--eval-data", f"{example / 'heldout.jsonl'}", f"@{example / 'chain.args'}"]
         args = parser.parse_args(files + argv)
-    if not (args.model and (args.data or args.eval)):
+    if not (args.model and (args.data or args.eval or args.plan >= 0)):
         raise ValueError(f"--{'data' if args.model else 'model'} is missing: training needs a model folder "
                          "and a JSONL file with question, trace, answer; give neither to run the example")
     if args.eval and not args.eval_data:

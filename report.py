@@ -20,7 +20,8 @@ ABOUT = {
 }
 # Shown on lines of their own.
 NOT_OPTIONS = ("model", "data", "eval_data", "output", "method")
-PURPOSES = ("base", "probe", "resample", "eval", "prefilled", "trained")  # of tokens
+# Of tokens. "scored" is what --kl and --on-fail expert run without gradient.
+PURPOSES = ("base", "probe", "resample", "eval", "prefilled", "scored", "trained")
 
 
 def mean(values):
@@ -75,32 +76,30 @@ def count_groups(groups):
     return counts
 
 
-def measure(config, batch, logprobs_N, entropies_N, is_first, sums):
-    """Add to `sums` what a batch tells of the policy; in the first pass also how far the sampler was from it.
-
-    With --importance-cap the ratio of both, cut off at the cap, becomes a factor of each token's weight, and
-    the trainer's log-probs are the old ones (truncated importance sampling: a sampler may round differently).
-    """
+def log_ratio(batch, logprobs_N):
+    """log(trainer's / sampler's probability) of every token; 0 of an expert's, which no sampler has drawn."""
     sampled_N = batch.expand([rollout.finish_reason != "expert" for rollout in batch.rollouts])
-    # Nobody sampled an expert's tokens, so no sampler can be far from them.
-    log_ratio_N = sampled_N * (logprobs_N - batch.old_logprobs_N)
+    return sampled_N * (logprobs_N - batch.old_logprobs_N)
+
+
+def measure(config, batch, logprobs_N, entropies_N, is_first):
+    """What a batch tells of the policy, {name: sum, a tensor}: nobody waits for the device here. In the first
+    pass over a step's rollouts also how far the sampler was from the trainer."""
+    log_ratio_N = log_ratio(batch, logprobs_N)
+    sums = {}
     if is_first:
-        # From the second pass on the trainer itself has moved.
+        sampled_N = batch.expand([rollout.finish_reason != "expert" for rollout in batch.rollouts])
         importance_N = log_ratio_N.exp().clamp(max=config.importance_cap or torch.inf)
-        sums["compared"] += sampled_N.sum().item()
-        sums["gap"] += log_ratio_N.abs().sum().item()
-        sums["importance"] += (sampled_N * importance_N).sum().item()
-        if config.importance_cap:
-            batch.old_logprobs_N = logprobs_N
-            batch.weights_N = batch.weights_N * importance_N
+        sums = {"compared": sampled_N, "gap": log_ratio_N.abs(), "importance": sampled_N * importance_N}
+        if config.importance_cap:  # then the trainer's log-probs are the old ones
             log_ratio_N = torch.zeros_like(log_ratio_N)
     # The clip removes a token's gradient where it is already too likely for A > 0, too unlikely for A < 0.
     ratio_N = log_ratio_N.exp()
     too_likely_N = (batch.advantages_N > 0) & (ratio_N > 1 + config.clip_high)
     too_unlikely_N = (batch.advantages_N < 0) & (ratio_N < 1 - config.clip_low)
-    sums["clipped"] += (too_likely_N | too_unlikely_N).sum().item()
-    sums["entropy"] += entropies_N.sum().item()
-    sums["scored"] += len(logprobs_N)
+    sums |= {"clipped": too_likely_N | too_unlikely_N, "entropy": entropies_N,
+             "scored": torch.ones_like(logprobs_N)}
+    return {name: numbers_N.sum(dtype=torch.float64) for name, numbers_N in sums.items()}
 
 
 def step_metrics(sums):
@@ -134,6 +133,7 @@ class Log:
         self.speaks = speaks
         self.began = time.time()
         self.before = 0.0  # progress when this process began, for the time that is left
+        self.seconds = None  # by phase before its first step, until that is told
         self.decode = None
         self.num_parameters = 0
         self.num_expert_tokens = 0
@@ -148,6 +148,7 @@ class Log:
         """Print what runs on what, what it will do and what a step costs."""
         config = self.config
         self.before = state.progress(config)
+        self.seconds = dict(state.seconds)
         self.decode = policy.tokenizer.decode
         self.num_parameters = sum(weight.numel() for weight in policy.model.parameters())
         self.num_expert_tokens = sum(len(problem.expert_ids) for problem in problems)
@@ -170,7 +171,7 @@ class Log:
         self.say(f"options  {' '.join(options) or 'all defaults'}")
         updates = f"{config.updates_per_batch} update{'s' * (config.updates_per_batch > 1)}"
         self.say(f"a step   {config.problems_per_step} problems x {each}; {updates} in micro-batches of "
-                 f"{config.micro_batch_size}")
+                 f"{policy.micro_batch_tokens} tokens")
         self.say(f"\n{ABOUT.get(config.method, 'Groups are made by a function of the user.')}\n")
 
     def step(self, folder, state, told, groups, metrics):
@@ -188,10 +189,12 @@ class Log:
         for name in ("shown", "used"):
             row[f"anchor/{name}"] = sum(getattr(state, name).values()) / self.num_expert_tokens
         row |= {f"tokens/{purpose}": state.tokens.get(purpose, 0) for purpose in PURPOSES}
-        # 2 operations a parameter and token to sample or prefill, 6 to train (arXiv 2604.23747, appendix B).
-        forward = row["tokens/sampled"] + row["tokens/prefilled"]
-        row["flops"] = self.num_parameters * (2 * forward + 6 * row["tokens/trained"])
-        row |= {f"seconds/{phase}": round(seconds, 3) for phase, seconds in state.seconds.items()}
+        # 2 operations a parameter and token forward, 4 backward (arXiv 2604.23747, appendix B).
+        forward = row["tokens/sampled"] + row["tokens/prefilled"] + row["tokens/scored"]
+        training = 8 if self.config.recompute else 6
+        row["flops"] = self.num_parameters * (2 * forward + training * row["tokens/trained"])
+        seconds = {"search": 0.0, **state.seconds}
+        row |= {f"seconds/{phase}": round(seconds[phase], 3) for phase in seconds}
         if state.evals and state.evals[-1]["step"] == state.step:  # an evaluation was due
             row |= state.evals[-1]
         folder.append("metrics.jsonl", row)
@@ -204,6 +207,9 @@ class Log:
         done = state.progress(self.config)
         seconds_left = (time.time() - self.began) * (1 - done) / max(done - self.before, 1e-9)
         self.say(step_line(self.config, row, seconds_left))
+        if self.seconds is not None:  # once: what a step takes here
+            self.say(share_line(self.seconds, seconds))
+            self.seconds = None
 
     def sample(self, step, rollout):
         """A rollout as text, anchor and completion apart."""
@@ -236,6 +242,15 @@ class Log:
             # GRPO with as many sampled tokens, whatever number of steps that takes.
             rival = f"--method grpo --steps 100000 --token-budget {sampled}"
             self.say(f"compare     python bread.py {flags}{rival}")
+
+
+def share_line(before, after):
+    """What the first step took, and for what. Searches are timed as part of sampling."""
+    took = {phase: after[phase] - before.get(phase, 0.0) for phase in ("sample", "search", "update")}
+    whole = took["sample"] + took["update"]
+    took["sample"] -= took["search"]
+    shares = [f"{phase} {spent / whole:.0%}" for phase, spent in took.items()]
+    return f"that step took {whole:.3g} s: {', '.join(shares)}"
 
 
 def step_line(config, row, seconds_left):

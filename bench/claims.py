@@ -197,6 +197,7 @@ def execute(trial, output, results, jobs, call):
     if trial.method == "sft+grpo":  # its weights have seen the traces that SFT was shown
         used.append(trial.needs[-1])
         result |= {key: needed[-1][key] for key in ("anchor/shown", "anchor/used")}
+        result["flops"] += needed[-1]["flops"]
     write_result(results / f"{trial.name}.json", result)
     for name in used:
         for checkpoint in (output / "runs" / name).glob("checkpoint-*"):
@@ -216,8 +217,8 @@ def summary(path):
     series = {}
     for key in ("tokens/sampled", "anchor/fraction", "frac_reward_zero_std", "reward"):
         series[key] = [short(row, key)[key] for row in rows if row["step"]]
-    return {"steps": rows[-1]["step"], **short(rows[-1], "tokens/sampled", "anchor/shown", "anchor/used"),
-            "evaluations": evaluations, "series": series}
+    last = short(rows[-1], "tokens/sampled", "anchor/shown", "anchor/used", "flops")
+    return {"steps": rows[-1]["step"], **last, "evaluations": evaluations, "series": series}
 
 
 def git_commit():
@@ -346,7 +347,8 @@ COLUMNS = (  # (head, what of a result, how it is written)
     ("sampled", final, percent), ("greedy", lambda r: final(r, "eval/greedy"), percent),
     ("tokens sampled", lambda r: r["tokens/sampled"], count), (f"tokens to {TARGET:.0%}", tokens_to, count),
     ("expert tokens shown", lambda r: r["anchor/shown"], percent),
-    ("in accepted anchors", lambda r: r["anchor/used"], percent), ("seconds", lambda r: r["seconds"], count))
+    ("in accepted anchors", lambda r: r["anchor/used"], percent),
+    ("operations", lambda r: r.get("flops"), lambda value: f"{value / 1e12:.3g} T"))
 
 
 def method_table(results, task, methods):

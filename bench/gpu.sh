@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 device=${DEVICE:-cuda} out=${OUT:-bench/results/gpu} total=${SECONDS_AT_MOST:-420}
 work=$(mktemp -d) failed=0
 mkdir -p "$out"
-rm -f "$out"/{log,summary}.txt "$out"/{machine,real,sampler,profile,head,update}.md
+rm -f "$out"/{log,summary}.txt "$out/tables.md"
 trap 'rm -rf "$work"' EXIT
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=passive TORCH_CUDNN_SDPA_DEPRIORITIZED=1
 
@@ -24,21 +24,22 @@ step() {  # name, most seconds, command: its end and exit status go to summary.t
     fi
     [ "$status" = 0 ] || failed=1
     { echo "##### $name: $*"; tail -c 300000 "$work/output"; } >> "$out/log.txt"
+    [ ! -f "$work/$name.md" ] || cat "$work/$name.md" >> "$out/tables.md"
     { printf '%-10s exit %s, %s s: %s\n' "$name" "$status" "$((SECONDS - began))" "$*"
       tail -n 6 "$work/output" | cut -c 1-300 | sed 's/^/    /'; } | tee -a "$out/summary.txt"
 }
 
 shape=qwen2.5-0.5b vocab=None layers=4
 real=(--rival transformers --repeats 1 --minutes 0.8)  # prompts of a data set's lengths, against generate
-sampler=(--repeats 2 --minutes 1.4) profile=() head=(--repeats 3) update=(--repeats 2)
+sampler=(--repeats 2 --minutes 1.4) profile=() head=(--repeats 3) update=(--repeats 2) attention=() whole=()
 if [ "$device" = cpu ]; then
     shape=tiny vocab=401 layers=1
     real=(--quick --layers 1 --repeats 1 --minutes 0.1)
     sampler=(--quick --layers 1 --repeats 1 --minutes 0.4) profile=(--layers 1)
-    head=(--rows 16 --hidden 64 --repeats 1) update=(--case tiny --quick --repeats 1)
+    head=(--rows 16 --hidden 64 --repeats 1) update=(--case tiny --quick --repeats 1) attention=(--repeats 1) whole=(--case tiny)
 fi
 on=(--device "$device")
-step machine 30 python3 bench/timing.py "${on[@]}" --write "$out/machine.md"
+step machine 30 python3 bench/timing.py "${on[@]}" --write "$work/machine.md"
 step tests 170 python3 -m pytest -m gpu -q -p no:cacheprovider --tb=short
 step model 30 python3 -c "import sys; sys.path.insert(0, 'bench'); import timing
 timing.random_model('$shape', $layers, vocab=$vocab).save_pretrained('$work/model')"
@@ -47,12 +48,13 @@ step run 50 python3 bread.py --model "$work/model" --data examples/chain/train.j
     --steps 3 --problems-per-step 4 --group-size 4 --max-new-tokens 64 --on-fail expert
 step metrics 5 tail -n 1 "$work/run/metrics.jsonl"
 step example 40 python3 bread.py --steps 2 --output "$work/example" "${on[@]}"
-step real 80 python3 bench/sampler.py "${on[@]}" --case real "${real[@]}" --write "$out/real.md"
-step sampler 120 python3 bench/sampler.py "${on[@]}" --case gpu "${sampler[@]}" --write "$out/sampler.md"
-step profile 50 python3 bench/sampler.py "${on[@]}" --profile "${profile[@]}" --write "$out/profile.md"
-step update 60 python3 bench/update.py "${on[@]}" "${update[@]}" --write "$out/update.md"
-step head 40 python3 bench/head.py "${on[@]}" "${head[@]}" --rival torch --write "$out/head.md"
-step whole 40 python3 bench/step.py "${on[@]}" --repeats 2
+step real 80 python3 bench/sampler.py "${on[@]}" --case real "${real[@]}" --write "$work/real.md"
+step sampler 120 python3 bench/sampler.py "${on[@]}" --case gpu "${sampler[@]}" --write "$work/sampler.md"
+step profile 50 python3 bench/sampler.py "${on[@]}" --profile "${profile[@]}" --write "$work/profile.md"
+step update 60 python3 bench/update.py "${on[@]}" "${update[@]}" --write "$work/update.md"
+step head 40 python3 bench/head.py "${on[@]}" "${head[@]}" --rival products torch --write "$work/head.md"
+step attention 20 python3 bench/attention.py "${on[@]}" "${attention[@]}" --write "$work/attention.md"
+step whole 40 python3 bench/step.py "${on[@]}" "${whole[@]}" --repeats 2 --write "$work/whole.md"
 # Without torch's own cache of memory, which hides where tensors end.
 if command -v compute-sanitizer > /dev/null; then
     step memcheck 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \

@@ -35,15 +35,6 @@ from sampler import Fork, Places, SamplingParams, branch, prefill
 
 CASES = ("tiny", "real", "0.5b", "evaluation", "gpu")  # the quick ones first
 COLUMNS = ("tokens/s", "ms/step (range)", "of floor", "prefilled")
-# As bread.py reads GSM8K's test problems, in tokens of SmolLM2-135M-Instruct: the first 100 questions in its
-# chat template, the first 16 solutions without the marks <<..>>.
-QUESTIONS = [
-    96, 56, 87, 65, 140, 86, 74, 101, 135, 89, 90, 96, 97, 92, 84, 124, 83, 88, 59, 96, 94, 76, 90, 68, 71,
-    97, 99, 90, 81, 99, 69, 94, 71, 61, 71, 84, 74, 93, 74, 105, 78, 158, 114, 91, 106, 124, 128, 80, 67,
-    73, 68, 79, 93, 130, 112, 80, 75, 107, 114, 62, 68, 92, 100, 101, 124, 77, 88, 84, 68, 82, 84, 74, 81,
-    77, 153, 96, 117, 75, 74, 78, 65, 90, 61, 60, 54, 115, 118, 109, 70, 80, 118, 68, 84, 118, 81, 72, 63,
-    85, 127, 113]
-SOLUTIONS = [46, 33, 133, 30, 88, 134, 82, 151, 125, 113, 136, 104, 107, 120, 123, 115]
 
 
 # ---------------------------------------------------------------- what is sampled
@@ -113,17 +104,17 @@ def jobs_of(case, args):
         return [group_job("tiny", n(64) * (rows // group), group, *n(128)) for rows in (64, 256)
                 for group in (8, 1)]
     if case == "real":
-        return [group_job(real, n(*QUESTIONS[:64]), 1, *n(48)),
-                group_job(real, n(*QUESTIONS[:32]), 8, *n(48)),
-                search_job(real, n(*QUESTIONS[:16]), n(*SOLUTIONS), 8, *n(32))]
+        return [group_job(real, n(*timing.QUESTIONS[:64]), 1, *n(48)),
+                group_job(real, n(*timing.QUESTIONS[:32]), 8, *n(48)),
+                search_job(real, n(*timing.QUESTIONS[:16]), n(*timing.SOLUTIONS), 8, *n(32))]
     if case == "evaluation":
-        return [group_job(real, n(*QUESTIONS), 1, *n(256))]
+        return [group_job(real, n(*timing.QUESTIONS), 1, *n(256))]
     if case == "0.5b":
         return [group_job("qwen2.5-0.5b", n(prompt) * 4, 8, *n(64)) for prompt in (128, 1024)]
     jobs = [group_job(large, n(512) * 4, 16, *n(512)), group_job(large, n(512) * 16, 16, *n(512)),
             group_job(large, n(2048) * 16, 16, *n(128), copied=True)]
     # Places fall idle one by one: the batch shrinks; with 1024 rows in 256 places, they are filled again.
-    jobs += [group_job(large, n(*QUESTIONS[:rows // 16]), 16, *n(512), stops=True) for rows in (256, 1024)]
+    jobs += [group_job(large, n(*timing.QUESTIONS[:groups]), 16, *n(512), stops=True) for groups in (16, 64)]
     jobs += [group_job(largest, n(512) * groups, 16, *n(512)) for groups in (4, 16)]
     return jobs
 
@@ -318,8 +309,8 @@ def profile(args, write):
     table = profiler.key_averages().table(sort_by=f"self_{args.device.type}_time_total", row_limit=25)
     write(f"{job.what}: the prefill and 10 steps\n\n```\n{table}\n```\n")
     # A BREAD step samples a group for every problem, and then searches.
-    search = search_job(shape, QUESTIONS[:16], SOLUTIONS, 8, 32)
-    base = [(i, length, 8) for i, length in enumerate(QUESTIONS[:16])]
+    search = search_job(shape, timing.QUESTIONS[:16], timing.SOLUTIONS, 8, 32)
+    base = [(i, length, 8) for i, length in enumerate(timing.QUESTIONS[:16])]
     whole = dataclasses.replace(search, probes=[base, *search.probes])
     capture = ops.capture and counted  # None on a CPU
     ours = OurSampler(model, whole, ops=types.SimpleNamespace(**vars(ops) | {"capture": capture}))

@@ -23,6 +23,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+    ctypes.CDLL(None).mallopt(-4, 0)
+    ctypes.CDLL(None).mallopt(-1, -1)
 import torch
 
 BENCH = Path(__file__).resolve().parent
@@ -37,23 +41,36 @@ SHAPES = {"tiny": ("qwen3", 64, 128, 4, 4, 2, 384, True),
           "smollm2-135m": ("llama", 49152, 576, 30, 9, 3, 1536, True),
           "qwen2.5-0.5b": ("qwen2", 151936, 896, 24, 14, 2, 4864, True),
           "qwen2.5-1.5b": ("qwen2", 151936, 1536, 28, 12, 2, 8960, True),
+          "qwen2.5-3b": ("qwen2", 151936, 2048, 36, 16, 2, 11008, True),
           "qwen2.5-7b": ("qwen2", 152064, 3584, 28, 28, 4, 18944, False)}
+# As bread.py reads GSM8K's test problems, in tokens of SmolLM2-135M-Instruct: the first 100 questions in its
+# chat template, the first 16 solutions without the marks <<..>>.
+QUESTIONS = [
+    96, 56, 87, 65, 140, 86, 74, 101, 135, 89, 90, 96, 97, 92, 84, 124, 83, 88, 59, 96, 94, 76, 90, 68, 71,
+    97, 99, 90, 81, 99, 69, 94, 71, 61, 71, 84, 74, 93, 74, 105, 78, 158, 114, 91, 106, 124, 128, 80, 67,
+    73, 68, 79, 93, 130, 112, 80, 75, 107, 114, 62, 68, 92, 100, 101, 124, 77, 88, 84, 68, 82, 84, 74, 81,
+    77, 153, 96, 117, 75, 74, 78, 65, 90, 61, 60, 54, 115, 118, 109, 70, 80, 118, 68, 84, 118, 81, 72, 63,
+    85, 127, 113]
+SOLUTIONS = [46, 33, 133, 30, 88, 134, 82, 151, 125, 113, 136, 104, 107, 120, 123, 115]
 
 
-@torch.no_grad()
-def random_model(shape, layers=None, dtype=torch.float32, device="cpu", vocab=None):
-    """A model with weights N(0, 0.02), biases 0, norms 1, drawn on the device: 7B take a CPU a minute.
-    layers, vocab: smaller than the real model's."""
+def config_of(shape, layers=None, vocab=None):
+    """The ModelConfig of a shape; layers, vocab: smaller than the real model's."""
     kind, real_vocab, hidden, num_layers, heads, kv_heads, inner, tied = SHAPES[shape]
-    config = ModelConfig(
+    return ModelConfig(
         model_type=kind, vocab_size=vocab or real_vocab, hidden_size=hidden, intermediate_size=inner,
         num_attention_heads=heads, num_hidden_layers=layers or num_layers, num_key_value_heads=kv_heads,
         head_dim=hidden // heads, max_position_embeddings=32768, tie_word_embeddings=tied,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+
+
+@torch.no_grad()
+def random_model(shape, layers=None, dtype=torch.float32, device="cpu", vocab=None):
+    """A model with weights N(0, 0.02), biases 0, norms 1, drawn on the device: 7B take a CPU a minute."""
     with torch.device("meta"):
-        model = Transformer(config).to(dtype)
+        model = Transformer(config_of(shape, layers, vocab)).to(dtype)
     model.to_empty(device=device)
-    if tied:  # to_empty has made two tensors of one
+    if model.config.tie_word_embeddings:  # to_empty has made two tensors of one
         model.lm_head.weight = model.model.embed_tokens.weight
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():

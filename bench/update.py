@@ -32,14 +32,14 @@ class Case:
     context: int
     shortest: int
     longest: int
-    micro_batch: int  # rows per backward pass, for all variants
+    tokens: int  # per backward pass, prefixes once, for all variants
 
 
 CASES = {
-    "tiny": Case("tiny", 8, 8, 40, 20, 70, 32),
+    "tiny": Case("tiny", 8, 8, 40, 20, 70, 1600),
     # Whole rows of a group at once would keep 15 GB of activations: two backward passes for either variant.
-    "0.5b": Case("qwen2.5-0.5b", 1, 8, 512, 128, 128, 4),
-    "1.5b": Case("qwen2.5-1.5b", 2, 16, 512, 512, 512, 16)}  # needs a GPU
+    "0.5b": Case("qwen2.5-0.5b", 1, 8, 512, 128, 128, 1024),
+    "1.5b": Case("qwen2.5-1.5b", 2, 16, 512, 512, 512, 8704)}  # needs a GPU
 
 
 def make_groups(case):
@@ -66,8 +66,8 @@ def padded_update(policy, optimizer, groups):
     """The rival of bread.update: forward and backward over whole rows, padded on the right."""
     rollouts = [rollout for group in groups for rollout in group]
     share = 1 / sum(len(rollout.completion_ids) for rollout in rollouts)
-    batch_size = policy.config.micro_batch_size
-    for contexts, batches in bread.make_batches(rollouts, batch_size, lambda _: share, policy.device):
+    packs = bread.make_batches(rollouts, policy.micro_batch_tokens, lambda _: share, policy.device)
+    for contexts, batches in packs:
         for batch in batches:
             rows = [contexts[i] + ids for i, ids in batch.rows]
             T = max(map(len, rows))
@@ -122,10 +122,11 @@ def measure_case(case, args, rate):
     (parameters of the layers x tokens through + those of the head x tokens that carry loss) / time."""
     groups = make_groups(case)
     # What bread.update needs of a policy.
-    config = Config(micro_batch_size=case.micro_batch, group_size=case.group_size)
+    config = Config(group_size=case.group_size)
     model = timing.random_model(case.shape, args.layers, args.dtype, args.device)
     ops = importlib.import_module("kernels" if args.device.type == "cuda" else "model")
-    policy = SimpleNamespace(config=config, device=args.device, model=model, reference=None, ops=ops)
+    policy = SimpleNamespace(config=config, device=args.device, model=model, reference=None, ops=ops,
+                             micro_batch_tokens=case.tokens)
     names = "shared", "padded", "shared, recompute"
     variants = [UpdateVariant(name, policy, groups) for name in names]
     results, failed = timing.take_turns(variants, args.device, args.repeats)
@@ -143,7 +144,7 @@ def measure_case(case, args, rate):
         return f"{loss_tokens / median:,.0f}", f"{one.tokens:,}", f"{speed / 1e12:.3g}", f"{speed / rate:.0%}"
     heads = ("completion tokens/s", "tokens through", "TFLOP/s", "of the matmul")
     title = (f"\n**{case.shape}, {num_parameters / 1e6:,.1f}M parameters: {case.groups} x {case.group_size} "
-             f"rollouts, {case.context} + {case.shortest} to {case.longest} tokens, {case.micro_batch} rows "
+             f"rollouts, {case.context} + {case.shortest} to {case.longest} tokens, {case.tokens} tokens "
              "per backward pass**")
     return title + "\n\n" + timing.comparison(results, failed, heads, more)
 
@@ -159,7 +160,7 @@ def main():
     for name in args.case or (["1.5b"] if args.device.type == "cuda" else ["tiny", "0.5b"]):
         case = CASES[name]
         if args.quick:
-            lengths = {key: getattr(case, key) // 8 for key in ("context", "shortest", "longest")}
+            lengths = {key: getattr(case, key) // 8 for key in ("context", "shortest", "longest", "tokens")}
             case = dataclasses.replace(case, **lengths)
         write(measure_case(case, args, rate))
 

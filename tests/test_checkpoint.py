@@ -2,6 +2,7 @@
 
 Crashes are real: a forked child is killed or meets a file size limit.
 """
+import array
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ import shutil
 import signal
 import stat
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from checkpoint import RunFolder, load
+from checkpoint import RunFolder, load, write_tensors
 
 NAN = float("nan")
 
@@ -56,8 +58,11 @@ def write_model(path):
 
 
 def save(folder, step, write_model=write_model, record=None, tensors=None, keep=2):
-    tensors = tensors or {"moment": torch.full((50,), step)}
-    return folder.save(step, write_model, tensors, record or {"step": step}, keep)
+    def write(path):
+        write_model(path)
+        write_tensors(path, 0, (tensors or {"moment": torch.full((50,), step)}).items(), part_bytes=200)
+
+    return folder.save(step, write, record or {"step": step}, 0, keep)
 
 
 def names(path):
@@ -84,25 +89,61 @@ def folder(tmp_path):
 
 
 def test_tensors_and_record_come_back_bit_for_bit(folder):
-    """Loaded tensors are no view of the file: zeros over it change nothing, but are refused when loaded."""
+    """Whoever wrote them: rank 0; rank 1, another process, in three parts; rank 2 has none and makes no file.
+    Loaded tensors are no view of the file: zeros over it change nothing, but are refused when loaded."""
     tensors = {
         "float32": torch.tensor([0.1, NAN, -math.inf, -0.0, 1e-45]), "bfloat16": torch.randn(3, 5).bfloat16(),
         "random state": torch.get_rng_state(), "int64": torch.tensor([2**62]), "scalar": torch.tensor(7.0),
         "empty": torch.zeros(0, 3), "transposed": torch.arange(6.0).view(2, 3).T,
         "parameter": torch.nn.Parameter(torch.ones(2)),
     }
+
+    def write(path):
+        pairs = iter(tensors.items())
+        write_tensors(path, 0, itertools.islice(pairs, 3))
+        assert in_child(lambda: write_tensors(path, 1, pairs, part_bytes=12)) == 0
+        write_tensors(path, 2, [])
+
     record = {"lr": 0.1 + 0.2, "best": -math.inf, "seed": 2**80, "text": "数 \ud83d", "rows": [{"a": None}]}
-    path = save(folder, 1, tensors=tensors, record=record | {"nan": NAN})
-    loaded, found = load(path)
-    file = path / "trainer.tensors"
-    file.write_bytes(bytes(file.stat().st_size))
-    with pytest.raises(ValueError, match="trainer.tensors is damaged .* resume from an older one"):
-        load(path)
+    path = folder.save(1, write, record | {"nan": NAN}, num_bytes=0)
+    files = ["trainer-0-0.tensors", *(f"trainer-1-{part}.tensors" for part in range(3))]
+    assert names(path) == [*files, "trainer.json"]
+    loaded, found = load(path, bool)
+    for name in files:
+        (path / name).write_bytes(bytes((path / name).stat().st_size))
+    with pytest.raises(ValueError, match="trainer-.*.tensors is damaged .* resume from an older one"):
+        load(path, bool)
     assert math.isnan(found.pop("nan")) and found == record and loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert (loaded[name].dtype, loaded[name].shape) == (tensor.dtype, tensor.shape)
         ours, theirs = (t.detach().flatten().view(torch.uint8) for t in (loaded[name], tensor))
         assert torch.equal(ours, theirs), name  # as bytes, because NaN does not equal itself
+
+
+def test_memory_holds_one_part_of_what_is_written(tmp_path):
+    """Three of the tensors, made when asked for, fill a part: they are gone before the fourth is made."""
+    made = []
+    alive = []
+
+    def make(i):
+        alive.append(sum(memory() is not None for memory in made))
+        memory = array.array("i", [i])
+        made.append(weakref.ref(memory))
+        return torch.frombuffer(memory, dtype=torch.int32)  # keeps `memory` alive, as do its views
+
+    write_tensors(tmp_path, 0, ((f"{i}", make(i)) for i in range(8)), part_bytes=12)
+    assert alive == [0, 1, 2, 0, 1, 2, 0, 1] and len(names(tmp_path)) == 3
+
+
+def test_memory_holds_only_what_is_wanted_of_what_is_read(folder):
+    """A process that reads one number does not grow by the 64 MB beside it."""
+    def child():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert load(path, "small".__eq__)[0] == {"small": torch.ones(1)}
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000  # KB
+
+    path = save(folder, 1, tensors={"small": torch.ones(1), "large": torch.zeros(2**24)})
+    assert in_child(child) == 0
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
@@ -115,7 +156,7 @@ def test_a_checkpoint_is_a_model_folder_to_every_reader(folder, umask):
         os.umask(before)
     assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o666 & ~umask}
     assert [file.name for file in path.rglob("*.safetensors")] == ["model.safetensors"]
-    assert load_file(path / "trainer.tensors").keys() == {"moment"}
+    assert load_file(path / "trainer-0-0.tensors").keys() == {"moment"}
 
 
 def test_a_kill_costs_only_the_save_that_it_hits(folder):
@@ -155,14 +196,15 @@ def test_killed_at_any_line_what_is_replaced_is_the_old_one_or_the_new_one(tmp_p
         folder.close()
         folder = RunFolder(path, resume=True)
         assert folder.latest() == (path / "checkpoint-1", []) and not list(path.glob("checkpoint-*.tmp"))
-        seen.append((folder.read_json("run.json"), load(path / "checkpoint-1")[1]))
+        seen.append((folder.read_json("run.json"), load(path / "checkpoint-1", bool)[1]))
         folder.close()
     in_turn = [pair for pair, _ in itertools.groupby(seen)]
     assert code == 0 and in_turn == [("old", "old"), ("new", "old"), ("new", "new")]
 
 
 def test_every_byte_is_on_the_disk_before_the_name(folder, monkeypatch):
-    """A power loss undoes what was not flushed: all files are, then trainer.json, its folder, the rename."""
+    """A power loss undoes what was not flushed: tensors are (by each rank, so at once), all other files, then
+    trainer.json, its folder, the rename."""
     flushed = []
     fsync = os.fsync
     final = folder.path / "checkpoint-1"
@@ -175,6 +217,7 @@ def test_every_byte_is_on_the_disk_before_the_name(folder, monkeypatch):
     save(folder, 1)
     places = {path.stat().st_ino: path.name for path in (folder.path, final, *final.iterdir())}
     order = [(places[inode], is_named) for inode, is_named in flushed]  # a rename keeps the inode
+    assert order[0] == ("trainer-0-0.tensors", False)
     assert {name for name, _ in order[:-3]} == set(names(final)) - {"trainer.json"}
     assert order[-3:] == [("trainer.json", False), ("checkpoint-1", False), ("run", True)]
 
@@ -183,10 +226,10 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_no_part_of_the_new_one(fold
     """A full disk is an OSError that says so, for model, tensors and logs; other errors pass through."""
     def child():
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-        for changes in ({"write_model": lambda path: (path / "config.json").write_text("x" * 3000)},
-                        {"tensors": {"moment": torch.zeros(1000)}}):
-            with pytest.raises(OSError, match="checkpoint-2 could not be saved, older .* File too large"):
-                save(folder, 2, **changes)
+        with pytest.raises(OSError, match="checkpoint-2 could not be saved, older .* File too large"):
+            save(folder, 2, write_model=lambda path: (path / "config.json").write_text("x" * 3000))
+        with pytest.raises(OSError, match="checkpoint-2 could .*trainer-0-0.tensors .* File too large"):
+            save(folder, 2, tensors={"moment": torch.zeros(1000)})
         with pytest.raises(OSError, match="File too large"):  # an error of the row that met it
             folder.append("metrics.jsonl", {"text": "x" * 3000})
 
@@ -197,12 +240,12 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_no_part_of_the_new_one(fold
     with pytest.raises(TypeError):
         save(folder, 2, record={"not JSON": object()})
     assert names(folder.path) == ["checkpoint-1", "metrics.jsonl", "run.json"]
-    assert load(path)[1] == {"step": 1}
+    assert load(path, bool)[1] == {"step": 1}
 
 
 @pytest.mark.parametrize("name, content", [
-    ("trainer.tensors", b"cut"), ("model.safetensors", None), ("merges.txt", None), ("config.json", b"{ }"),
-    *(("trainer.json", content) for content in (
+    ("trainer-0-0.tensors", b"cut"), ("model.safetensors", None), ("merges.txt", None),
+    ("config.json", b"{ }"), *(("trainer.json", content) for content in (
         None, b'{"sizes": {"config.j', b"\xff\x00", b'{"epoch": 3}', b'{"sizes": 3, "record": 3}', b"3"))])
 def test_a_damaged_newest_checkpoint_is_skipped_and_named(folder, name, content):
     """Truncated, half-copied, changed in size, foreign: resume takes the one before and names the file."""
@@ -215,7 +258,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_named(folder, name, content)
     assert newest.name == "checkpoint-1"
     assert note.startswith("checkpoint-2 is incomplete and was skipped: ") and str(damaged / name) in note
     with pytest.raises(ValueError, match=name):
-        load(damaged)
+        load(damaged, bool)
 
 
 def test_only_the_newest_checkpoints_stay(folder, monkeypatch):
@@ -243,11 +286,11 @@ def test_damaged_later_checkpoints_do_not_push_out_sound_ones(folder):
 
 
 def test_too_little_space_is_noticed_before_the_first_byte(folder):
-    """The tensors and half as much for the model must be free: here 6 EB, of which 4 bytes are in memory."""
-    with pytest.raises(OSError, match="6000000000.00 GB are needed"):
-        save(folder, 1, tensors={"moment": torch.zeros(1).expand(10**18)},
-             write_model=lambda path: pytest.fail("began to write"))
-    assert names(folder.path) == ["run.json"]
+    """As many bytes as announced must be free: half of those that are, but not 6 EB."""
+    folder.save(1, write_model, {}, num_bytes=shutil.disk_usage(folder.path).free // 2)
+    with pytest.raises(OSError, match="checkpoint-2 could not be saved, .* 6000000000.00 GB are needed"):
+        folder.save(2, lambda path: pytest.fail("began to write"), {}, num_bytes=6 * 10**18)
+    assert names(folder.path) == ["checkpoint-1", "run.json"]
 
 
 def test_a_refusal_says_what_to_type_and_leaves_the_folder_as_it_is(folder):

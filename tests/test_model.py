@@ -1,6 +1,7 @@
 """Claims about model.py: it computes what transformers computes, saves what it loads, refuses the rest.
 
 The golden files were made by tests/golden/make_golden.py. Only one slow test needs transformers."""
+import copy
 import importlib.util
 import json
 import os
@@ -200,17 +201,22 @@ def test_norms_round_before_the_weight():
     assert not torch.equal(normed, (unit * weight[0].float()).bfloat16())
 
 
-@pytest.mark.parametrize("rows", [1, 2, 32, 129])
+@pytest.mark.parametrize("rows", [1, 2, 32, 257])
 @torch.no_grad()
 def test_a_product_of_few_rows_is_that_of_many(rows):
-    """Whichever way round a large weight is multiplied: float64's numbers to float32's rounding (1e-5)."""
+    """However a large weight is laid out: float64's numbers to float32's rounding (1e-5), also after the
+    weight was changed in place, as an optimizer does it; of a copy, too."""
     linear = Linear(512, 600)
     x_BTD = torch.randn(rows, 1, 512, generator=torch.Generator().manual_seed(rows))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # with one thread there is nothing to share out
-    out = linear(x_BTD)
-    torch.set_num_threads(threads)
-    torch.testing.assert_close(out.double(), linear.double()(x_BTD.double()), atol=1e-5, rtol=1e-5)
+    for factor in (1, 2, 0.5):
+        linear.weight.detach().view(-1)[:300].mul_(factor)
+        for one in (linear, copy.deepcopy(linear)):
+            expected_BTD = F.linear(x_BTD.double(), linear.weight.double(), linear.bias.double())
+            torch.testing.assert_close(one(x_BTD).double(), expected_BTD, atol=1e-5, rtol=1e-5)
+    assert (linear.packed is not None) == (1 < rows <= 256 and torch.backends.mkldnn.is_available())
+    with torch.enable_grad():
+        linear(x_BTD)
+    assert linear.packed is None, "training gets the memory"
 
 
 def test_random_weights_are_seeded_and_start_small():

@@ -80,7 +80,7 @@ def test_a_run_leaves_its_files_behind(flags, tmp_path, capsys, method):
     assert last["tokens/sampled"] == sum(last[f"tokens/{kind}"] for kind in ("base", "probe", "resample"))
     assert (last["tokens/base"] > 0, last["tokens/probe"] > 0) == (method != "sft", method == "bread")
     num_parameters = sum(x.numel() for x in Transformer.from_pretrained(CHAIN / "model").parameters())
-    forward = last["tokens/sampled"] + last["tokens/prefilled"]
+    forward = last["tokens/sampled"] + last["tokens/prefilled"] + last["tokens/scored"]
     assert last["flops"] == num_parameters * (2 * forward + 6 * last["tokens/trained"])
     assert {sample["step"] for sample in read_lines(folder / "samples.jsonl")} == {1, 2}
     assert len(read_lines(folder / "probes.jsonl")) == first["anchor/probes"] + last["anchor/probes"]
@@ -100,7 +100,7 @@ def results(folder):
     seconds = [row["seconds/sample"] for row in rows[1:]]
     assert seconds == sorted(seconds), "they go on where they were"
     return {"weights": load_file(folder / "checkpoint-4" / "model.safetensors"),
-            "optimizer": load_file(folder / "checkpoint-4" / "trainer.tensors"),
+            "optimizer": load_file(folder / "checkpoint-4" / "trainer-0-0.tensors"),
             "metrics": [{name: row[name] for name in row if not name.startswith("seconds/")} for row in rows],
             "samples": read_lines(folder / "samples.jsonl"), "probes": read_lines(folder / "probes.jsonl"),
             "state": record | {"seconds": {}}}
@@ -119,10 +119,12 @@ def unbroken(flags, tmp_path_factory):
 
 
 @pytest.mark.parametrize("broken_by, step, code", [
-    ("--steps", 2, 0), ("SIGINT", 1, 130), ("SIGTERM", 3, 143), ("SIGINT", 4, 130), ("crash", 4, None)])
-def test_a_resumed_run_equals_an_unbroken_one(flags, tmp_path, unbroken, broken_by, step, code):
+    ("--steps", 2, 0), ("SIGINT", 1, 130), ("SIGTERM", 3, 143), ("SIGINT", 4, 130), ("memory", 3, 1),
+    ("crash", 4, None)])
+def test_a_resumed_run_equals_an_unbroken_one(flags, tmp_path, capsys, unbroken, broken_by, step, code):
     """Weights, moments, logs and every field of the state, bit for bit. A signal lets the step end, saves and
-    exits with 130 or 143; after a crash in step 4, step 3, logged but not saved, stands in the logs once."""
+    exits with 130 or 143; where memory runs out in step 4, step 3 is saved, and one line names flags; after a
+    crash in step 4, step 3, logged but not saved, stands in the logs once."""
     folder = tmp_path / "run"
     if broken_by == "crash":
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -134,8 +136,15 @@ def test_a_resumed_run_equals_an_unbroken_one(flags, tmp_path, unbroken, broken_
         gc.collect()  # the traceback held the run, and with it the folder's lock
     else:
         action = "pass" if broken_by == "--steps" else f"os.kill(os.getpid(), signal.{broken_by})"
+        if broken_by == "memory":
+            action = "import torch; raise torch.OutOfMemoryError('2 GiB are missing' + chr(10))"
         end = f" --steps {step}" if broken_by == "--steps" else ""
-        assert bread.main(flags(folder, OPTIONS + hook(tmp_path, action, step) + end)) == code
+        capsys.readouterr()
+        at = step + (broken_by == "memory")
+        assert bread.main(flags(folder, OPTIONS + hook(tmp_path, action, at) + end)) == code
+        if broken_by == "memory":
+            line = one_line(capsys, "bread.py: out of memory")
+            assert "--micro-batch-tokens" in line and "2 GiB are missing" in line
         assert (folder / f"checkpoint-{step}").is_dir()
     assert bread.main(flags(folder, f"{OPTIONS} {hook(tmp_path)} --resume")) == 0
     found = results(folder)
@@ -155,7 +164,7 @@ def test_two_steps_of_a_device_and_a_resumed_second(flags, tmp_path, device, noi
     for row in read_lines(tmp_path / "whole" / "metrics.jsonl")[1:]:
         assert math.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["skipped_updates"] == 0
         assert row["sampler/logprob_gap"] < 0.05
-    paths = [tmp_path / run / "checkpoint-2" / "trainer.tensors" for run in ("whole", "broken")]
+    paths = [tmp_path / run / "checkpoint-2" / "trainer-0-0.tensors" for run in ("whole", "broken")]
     one, other = map(load_file, paths)
     masters = [name for name in one if name.endswith("master")]
     assert masters
@@ -191,7 +200,7 @@ def test_too_many_skipped_updates_in_a_row_end_the_run(flags, tmp_path, capsys):
     rows = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [row["skipped_updates"] for row in rows] == [0, 1, 2, 2, 3, 4, 5]
     assert [row["grad_norm"] is None for row in rows] == [False, True, True, False, True, True, True]
-    for name in ("model.safetensors", "trainer.tensors"):
+    for name in ("model.safetensors", "trainer-0-0.tensors"):
         sound, saved = (load_file(tmp_path / "run" / f"checkpoint-{step}" / name) for step in (4, 7))
         assert sound.keys() == saved.keys() and all(torch.equal(sound[key], saved[key]) for key in sound)
     healed = hook(tmp_path, method="bread.sft") + " --resume"
