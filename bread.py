@@ -131,6 +131,8 @@ class Policy:
         self.micro_batch_tokens = config.micro_batch_tokens or 4096
         if device.type == "cuda":
             import kernels  # needs triton, which a CPU run does not
+            # Partial sums of a product stay in float32.
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
             self.ops = self.model.ops = kernels
         # What happened on this rank since `tell`:
         self.counts = collections.Counter()
@@ -288,7 +290,8 @@ def sample_groups(policy, points, step, purpose, trunk=None, group_size=None, te
         forks.append(Fork(sequence, len(context[0] + context[1]), row_ids, config.max_new_tokens - cut))
     groups = []
     places = policy.places or Places(policy.model, config.sample_batch_size)
-    with out_of_memory("while sampling", f"--sample-batch-size {max(1, places.places_6R.shape[1] // 2)}"):
+    half = max(1, places.places_6R.shape[1] // 2)
+    with out_of_memory(f"--sample-batch-size {half}", " while sampling"):
         sampled = branch(policy.model, cache, forks, params, places)
     for (problem, cut), context, completions in zip(points, contexts, sampled):
         group = [policy.judge(problem, cut, context, completion) for completion in completions]
@@ -529,7 +532,7 @@ def update(policy, optimizer, ranks, groups, lr, loss_of):
     for epoch in range(config.updates_per_batch if whole["trained"] else 0):
         passed, packs = add_gradients(policy, packs, loss_of, is_first=epoch == 0)
         sums.update(passed)  # of a Counter, this adds
-        with out_of_memory("in the optimizer", "--offload"):
+        with out_of_memory("--offload", " in the optimizer"):
             norms.append(optimizer.step(lr, config.grad_clip, passed["loss"]))
     sums["loss"] /= max(len(norms), 1)
     return sums, norms
@@ -549,7 +552,7 @@ def add_gradients(policy, packs, loss_of, is_first):
         policy.model.zero_grad(set_to_none=True)
         halved = list(itertools.chain.from_iterable(halve(*pack) for pack in packs))
         if num_batches(halved) == num_batches(packs):
-            with out_of_memory("with one rollout", "--recompute, --offload or a lower --max-new-tokens"):
+            with out_of_memory("--recompute, --offload or a lower --max-new-tokens", " with one rollout"):
                 raise failure
         packs = halved
         policy.micro_batch_tokens = max(1, policy.micro_batch_tokens // 2)
@@ -731,13 +734,13 @@ def training(ranks, save_run):
 
 
 @contextlib.contextmanager
-def out_of_memory(where, flags):
+def out_of_memory(flags, where=""):
     """Turns the error of a device without memory into a MemoryError that says what to type."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         text = str(error).splitlines()[0]
-        raise MemoryError(f"out of memory {where}: give {flags}; --plan shows what takes how much ({text})"
+        raise MemoryError(f"out of memory{where}: give {flags}; --plan shows what takes how much ({text})"
                           ) from error.with_traceback(None)
 
 
@@ -793,7 +796,7 @@ def main(argv=None):
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv, EXAMPLE)
         flags = "a lower --sample-batch-size or --micro-batch-tokens, --recompute or --offload"
-        with out_of_memory("", flags):
+        with out_of_memory(flags):
             if config.plan >= 0:
                 return plan_only(config)
             return evaluate_only(config) if config.eval else train(config)

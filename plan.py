@@ -142,11 +142,13 @@ def estimate(shape, config, lengths, capacity, on_cuda, num_ranks):
     N, head = count_parameters(shape)
     # On a GPU the optimizer's state can be elsewhere, on a CPU it cannot.
     name, number = ("masters' bits and moments", 10) if on_cuda else ("moments", 8)
-    state = {name: number * max(N / num_ranks, head)}  # no tensor is split
+    trained = 0 if config.eval else N
+    gradients = {"gradients": 4 * trained}
+    state = {name: number * max(trained / num_ranks, min(head, trained))}  # no tensor is split
     host = state if config.offload and on_cuda else {}
     always = {"weights": size * N, "reference of --kl": size * N if config.kl else 0,
               **(state if not host else {name: 0}), "Python and torch": 0 if on_cuda else 0.35 * GB}
-    left = capacity - sum(always.values()) - 4 * N
+    left = capacity - sum(always.values()) - 4 * trained
     rows, trunk, cache, sampling = sampling_parts(shape, config, lengths, left, on_cuda)
     always["K/V"] = cache
     if not on_cuda:
@@ -154,15 +156,16 @@ def estimate(shape, config, lengths, capacity, on_cuda, num_ranks):
         laid_out = N if shape.tie_word_embeddings else N - head  # of the embedding there is no product
         always |= {"weights laid out to sample": size * laid_out, **sampling}
         sampling = {}
-    left = capacity - sum(always.values()) - 4 * N
+    left = capacity - sum(always.values()) - 4 * trained
     tokens = config.micro_batch_tokens or MOST_TOKENS[on_cuda]
     training = training_parts(shape, config, lengths, tokens, on_cuda)
     while not config.micro_batch_tokens and tokens > 64 and sum(training.values()) > 0.8 * left:
         tokens //= 2
         training = training_parts(shape, config, lengths, tokens, on_cuda)
-    gradients = {"gradients": 4 * N}
     slices = {"a slice of parameters": min(SLICE_BYTES, 14 * head) if on_cuda else 0}
-    phases = {"sampling": sampling, "training": gradients | training, "optimizer": gradients | slices}
+    phases = {"sampling": sampling}
+    if trained:
+        phases |= {"training": gradients | training, "optimizer": gradients | slices}
     unaided = config.problems_per_step * config.group_size * config.max_new_tokens
     probes = math.ceil(math.log2(config.max_episodes))
     if config.method == "sft":
@@ -180,8 +183,9 @@ def sampling_parts(shape, config, lengths, left, on_cuda):
     # Question and trace of the step's longest problems, or the prompts of an evaluation's batch.
     held_out = sorted(prompt for prompt, trace in lengths if not trace)[-config.sample_batch_size:]
     trunk = max(sum(sorted(map(sum, lengths))[-config.problems_per_step:]), sum(held_out))
-    # On a GPU places are kept for the whole run: a third of what is left, at most.
-    most = int((left / 3 / token - 2 * trunk) // config.max_new_tokens)
+    # On a GPU places are kept for the whole run: a third of what is left, at most, where training follows.
+    share = 0.8 if config.eval else 1 / 3
+    most = int((share * left / token - 2 * trunk) // config.max_new_tokens)
     if not on_cuda:
         most = max(config.problems_per_step * config.group_size, len(held_out))
     rows = max(1, min(config.sample_batch_size, most))

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Check and time everything that needs a GPU, in 7 minutes at most; tables come with date, card and versions.
+# Check and time everything that needs a GPU, in 8 minutes at most; tables come with date, card and versions.
 #   bash bench/gpu.sh               results go to bench/results/gpu, or to $OUT
 #   DEVICE=cpu bash bench/gpu.sh    the same commands, small, to see that no argument is wrong
-# Each step is a process with a limit of its own, also of what is left of the 7 minutes; none stops the others.
+# Each step is a process with a limit of its own, also of what is left of the 8 minutes; none stops the others.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-device=${DEVICE:-cuda} out=${OUT:-bench/results/gpu} total=${SECONDS_AT_MOST:-420}
+device=${DEVICE:-cuda} out=${OUT:-bench/results/gpu} total=${SECONDS_AT_MOST:-480}
 work=$(mktemp -d) failed=0
 mkdir -p "$out"
 rm -f "$out"/{log,summary}.txt "$out/tables.md"
@@ -32,11 +32,14 @@ step() {  # name, most seconds, command: its end and exit status go to summary.t
 shape=qwen2.5-0.5b vocab=None layers=4
 real=(--rival transformers --repeats 1 --minutes 0.8)  # prompts of a data set's lengths, against generate
 sampler=(--repeats 2 --minutes 1.4) profile=() head=(--repeats 3) update=(--repeats 2) attention=() whole=()
+memory=(--shape qwen2.5-1.5b --problems 8 --new 256)
 if [ "$device" = cpu ]; then
     shape=tiny vocab=401 layers=1
     real=(--quick --layers 1 --repeats 1 --minutes 0.1)
     sampler=(--quick --layers 1 --repeats 1 --minutes 0.4) profile=(--layers 1)
-    head=(--rows 16 --hidden 64 --repeats 1) update=(--case tiny --quick --repeats 1) attention=(--repeats 1) whole=(--case tiny)
+    memory=(--shape tiny --problems 2 --new 16)
+    head=(--rows 16 --hidden 64 --repeats 1) update=(--case tiny --quick --repeats 1)
+    attention=(--repeats 1) whole=(--case tiny)
 fi
 on=(--device "$device")
 step machine 30 python3 bench/timing.py "${on[@]}" --write "$work/machine.md"
@@ -53,6 +56,8 @@ step sampler 120 python3 bench/sampler.py "${on[@]}" --case gpu "${sampler[@]}" 
 step profile 50 python3 bench/sampler.py "${on[@]}" --profile "${profile[@]}" --write "$work/profile.md"
 step update 60 python3 bench/update.py "${on[@]}" "${update[@]}" --write "$work/update.md"
 step head 40 python3 bench/head.py "${on[@]}" "${head[@]}" --rival products torch --write "$work/head.md"
+step memory 40 python3 bench/memory.py "${on[@]}" "${memory[@]}"
+step offload 40 python3 bench/memory.py "${on[@]}" "${memory[@]}" --offload --recompute
 step attention 20 python3 bench/attention.py "${on[@]}" "${attention[@]}" --write "$work/attention.md"
 step whole 40 python3 bench/step.py "${on[@]}" "${whole[@]}" --repeats 2 --write "$work/whole.md"
 # Without torch's own cache of memory, which hides where tensors end.

@@ -10,14 +10,17 @@ which the model cannot draw), temperature 1, no KL term, AdamW, one optimizer st
 is a hash of the completion between 0 and 1: no two of a group are equal and none is their mean, so every
 rollout has a gradient. Both start from one folder, in bf16 on CUDA; ours keeps float32 masters. Ours is a
 step of GRPO from bread.py's functions, without what a run prints and logs. Ours fills micro-batches as
-it does by default; TRL takes --rows per backward pass, without gradient checkpointing (its default). Its
-callback takes a step of ours after every step of TRL's, so that a busy neighbour slows both.
+it does by default; TRL takes --rows per backward pass, without gradient checkpointing (its default). Each is
+in a process of its own, with its own settings of threads and memory, and waits while the other takes a step.
 
 "sampling s", "update s": medians of their own; rewards count as sampling, for TRL all else as update.
 """
+import importlib.util
 import json
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import zlib
@@ -25,11 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import timing
-
-trl = timing.import_rival("trl")  # before our own files
-if trl:
-    import transformers
-    from datasets import Dataset
 
 import bread
 from config import Config
@@ -47,10 +45,10 @@ class StepCase:
     shape: str
     prompts: int
     lengths: list
-    rows: int  # per backward pass of TRL's, that at which it is fastest here
+    rows: int  # per backward pass of TRL's; ours has as many in a micro-batch
 
 
-CASES = {"real": StepCase("smollm2-135m", 4, timing.QUESTIONS, 8), "tiny": StepCase("tiny", 16, [32], 64)}
+CASES = {"real": StepCase("smollm2-135m", 4, timing.QUESTIONS, 32), "tiny": StepCase("tiny", 16, [32], 64)}
 
 
 def make_folder(folder, case, steps):
@@ -70,7 +68,9 @@ def make_folder(folder, case, steps):
     (folder / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
     rng = random.Random(0)
     lengths = case.lengths * (case.prompts * steps)
-    return [" ".join(rng.choices(words, k=length)) for length in lengths[:case.prompts * steps]]
+    prompts = [" ".join(rng.choices(words, k=length)) for length in lengths[:case.prompts * steps]]
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+    return prompts
 
 
 def hash_reward(text):
@@ -115,58 +115,31 @@ class BreadStep:
         assert all(rollout.advantage for rollout in rollouts) and min(norms) > 0
 
 
-class TrlStep(transformers.TrainerCallback if trl else object):
-    """TRL's GRPOTrainer. A step lasts from one on_step_end to the next: data, sampling, reward, update."""
+class TrlStep:
+    """TRL's GRPOTrainer in a process of its own (bench/trl_step.py), which takes a step when told to."""
 
-    def __init__(self, folder, args, case, prompts, between):
-        """between: called after every step, unmeasured."""
-        self.name = f"TRL {trl.__version__}"
-        self.between = between
+    def __init__(self, folder, args, case):
+        settings = {"rows": args.rows or case.rows, "num_rows": case.prompts * GROUP, "group": GROUP,
+                    "new_tokens": NEW_TOKENS, "lr": LR, "steps": WARM_UP + args.repeats,
+                    "device": args.device.type, "threads": args.threads}
+        (folder / "settings.json").write_text(json.dumps(settings))
+        script = Path(__file__).with_name("trl_step.py")
+        self.process = subprocess.Popen([sys.executable, f"{script}", f"{folder}"], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.name = self.read()
         self.samples = []
-        self.sampling = 0.0
-        self.num_rows = case.prompts * GROUP
-        self.device = args.device
-        rows = args.rows or case.rows
-        is_cpu = args.device.type == "cpu"
-        path = str(folder / "model")
-        config = trl.GRPOConfig(
-            output_dir=str(folder / "trl"), use_cpu=is_cpu, bf16=not is_cpu, gradient_checkpointing=False,
-            per_device_train_batch_size=rows, num_generations=GROUP, beta=0.0, shuffle_dataset=False,
-            gradient_accumulation_steps=self.num_rows // rows, learning_rate=LR,
-            max_completion_length=NEW_TOKENS, temperature=1.0, lr_scheduler_type="constant",
-            max_steps=WARM_UP + args.repeats, logging_strategy="no", save_strategy="no", report_to=[],
-            disable_tqdm=True, dataloader_pin_memory=False)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype,
-                                                                  attn_implementation="sdpa")
-        self.trainer = trl.GRPOTrainer(
-            model, self.reward, config, train_dataset=Dataset.from_dict({"prompt": prompts}),
-            processing_class=transformers.AutoTokenizer.from_pretrained(path, padding_side="left"))
-        self.trainer.remove_callback(transformers.PrinterCallback)
-        self.trainer.add_callback(self)
-        self.generate = self.trainer._generate_and_score_completions
-        self.trainer._generate_and_score_completions = self.timed_generate
 
-    def reward(self, completions, prompts, completion_ids, **_):
-        """TRL's form of `hash_reward`; checks that what it samples has the lengths that ours has."""
-        assert {len(ids) for ids in completion_ids} == {NEW_TOKENS} and len(prompts) == self.num_rows
-        return list(map(hash_reward, completions))
+    def read(self):
+        """What it says next; its libraries print other lines."""
+        for line in self.process.stdout:
+            if line.startswith("TOLD "):
+                return json.loads(line[5:])
+        raise RuntimeError("TRL's process has ended; its message stands above")
 
-    def timed_generate(self, inputs):
-        """Sampling and rewards: what ours counts as sampling."""
-        began = timing.now(self.device)
-        out = self.generate(inputs)
-        self.sampling = timing.now(self.device) - began
-        return out
-
-    def on_train_begin(self, *_args, **_kwargs):
-        self.mark = timing.now(self.device), time.process_time()
-
-    def on_step_end(self, *_args, **_kwargs):
-        seconds = timing.now(self.device) - self.mark[0]
-        cpu = time.process_time() - self.mark[1]
-        self.samples.append((seconds, self.sampling, seconds - self.sampling, cpu))
-        self.between()
-        self.on_train_begin()
+    def __call__(self):
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.samples.append(self.read())
 
 
 def measure_case(folder, case, args):
@@ -174,11 +147,12 @@ def measure_case(folder, case, args):
     prompts = make_folder(folder, case, WARM_UP + args.repeats)
     trainers = [BreadStep(folder, args, case, prompts)]
     if args.rival:
-        trainers.append(TrlStep(folder, args, case, prompts, between=trainers[0]))
-        trainers[1].trainer.train()
-    else:
-        for _ in range(WARM_UP + args.repeats):
-            trainers[0]()
+        trainers.append(TrlStep(folder, args, case))
+    for _ in range(WARM_UP + args.repeats):
+        for trainer in trainers:
+            trainer()
+    if args.rival:
+        trainers[1].process.communicate()  # the end of its input ends it
     results = {one: (one.samples[WARM_UP:], "-") for one in trainers}
     new_tokens = case.prompts * GROUP * NEW_TOKENS
 
@@ -197,9 +171,9 @@ def main():
     parser = timing.new_parser(__doc__)
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="default: both")
     parser.add_argument("--rival", choices=["trl"], help="compare with TRL's GRPOTrainer")
-    parser.add_argument("--rows", type=int, help="rows per backward pass of TRL's; default: its fastest here")
+    parser.add_argument("--rows", type=int, help="per backward pass of TRL's; default: 32, tiny 64")
     args = timing.parse(parser)
-    if args.rival and trl is None:
+    if args.rival and not importlib.util.find_spec("trl"):
         parser.error("--rival trl needs TRL, which is not installed here: pip install trl==1.16.0")
     write = timing.writer(__doc__, args)
     for name in args.case:

@@ -24,9 +24,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-    ctypes.CDLL(None).mallopt(-4, 0)
-    ctypes.CDLL(None).mallopt(-1, -1)
 import torch
 
 BENCH = Path(__file__).resolve().parent

@@ -30,13 +30,13 @@ OURS = {path.stem for path in ROOT.glob("*.py")} | {"kernels"}
 # What fits, and what if it does not: plan.py; in bread.py 110 lines (the plan, memory that runs out, a save
 # by all ranks), in packing.py halves and what replaces atomics (45), in parallel.py masters as 16 bits and
 # slices (32), in model.py oneDNN's layout and a softmax that stays in a cache (35), in checkpoint.py 28.
-LINES = {"bread.py": 809, "config.py": 167, "model.py": 562, "sampler.py": 571, "packing.py": 262,
-         "parallel.py": 263, "traces.py": 320, "data.py": 220, "rewards.py": 250, "checkpoint.py": 260,
-         "plan.py": 221, "report.py": 279, "kernels": 721}
-SHIPPED_LINES = 4680  # 4,900 once data.py is there
-TEST_LINES = 5577  # 4,500 were asked for; 289 prove the methods and the search, 220 fused kernels
+LINES = {"bread.py": 812, "config.py": 167, "model.py": 562, "sampler.py": 571, "packing.py": 262,
+         "parallel.py": 261, "traces.py": 320, "data.py": 220, "rewards.py": 250, "checkpoint.py": 260,
+         "plan.py": 225, "report.py": 279, "kernels": 721}
+SHIPPED_LINES = 4685  # 4,905 once data.py is there
+TEST_LINES = 5584  # 4,500 were asked for; 289 prove the methods and the search, 220 fused kernels
 # and graphs, 360 memory: the plan, masters, halves, files of all ranks
-BENCH_LINES = 2154  # memory.py and attention.py are 250 of them
+BENCH_LINES = 2208  # memory.py, attention.py, trl_step.py are 340 of them
 
 
 def named(paths):

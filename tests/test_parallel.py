@@ -331,7 +331,7 @@ def test_a_signal_to_one_process_ends_the_run_with_what_was_saved(flags, runs, t
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [
     "--kl 0.05 --importance-cap 1.5 --loss-mean sequence --recompute --on-fail resample",
-    "--method grpo --no-std --sample-batch-size 5 --warmup-steps 3", "--method sft --lr-decay 0.5",
+    "--method grpo --no-std --sample-batch-size 5 --warmup-steps 3 --offload", "--method sft --lr-decay 0.5",
     "--anchor-placement hint --temperature 0.8"])
 def test_three_processes_with_two_problems_do_what_one_does(flags, tmp_path, options):
     """One has nothing to sample or train on, but a part of the optimizer's state and a held-out problem."""

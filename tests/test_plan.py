@@ -102,6 +102,12 @@ def test_advice_helps_and_micro_batches_fill_what_there_is():
     assert not large.fits and re.fullmatch(r"give --micro-batch-tokens \d+", large.advice)
 
 
+def test_an_evaluation_trains_nothing():
+    """Neither gradients nor moments: 7B are evaluated on a card of 24 GB."""
+    made = plan.make_plan(timing.config_of("qwen2.5-7b"), Config(eval=True), [(100, 0)] * 200, 23e9, True)
+    assert made.fits and made.phases.keys() == {"sampling"} and made.rows > 100
+
+
 def test_sft_is_planned_by_the_length_of_traces():
     """Rows of 4,000 tokens, not of --max-new-tokens."""
     shape = timing.config_of("qwen2.5-1.5b")
