@@ -533,7 +533,7 @@ def update(policy, optimizer, ranks, groups, lr, loss_of):
         passed, packs = add_gradients(policy, packs, loss_of, is_first=epoch == 0)
         sums.update(passed)  # of a Counter, this adds
         with out_of_memory("--offload", " in the optimizer"):
-            norms.append(optimizer.step(lr, config.grad_clip, passed["loss"]))
+            norms.append(optimizer.step(lr, config.grad_clip, passed.get("loss", 0.0)))
     sums["loss"] /= max(len(norms), 1)
     return sums, norms
 

@@ -34,7 +34,7 @@ LINES = {"bread.py": 812, "config.py": 167, "model.py": 562, "sampler.py": 571, 
          "parallel.py": 261, "traces.py": 320, "data.py": 220, "rewards.py": 250, "checkpoint.py": 260,
          "plan.py": 225, "report.py": 279, "kernels": 721}
 SHIPPED_LINES = 4685  # 4,905 once data.py is there
-TEST_LINES = 5584  # 4,500 were asked for; 289 prove the methods and the search, 220 fused kernels
+TEST_LINES = 5586  # 4,500 were asked for; 289 prove the methods and the search, 220 fused kernels
 # and graphs, 360 memory: the plan, masters, halves, files of all ranks
 BENCH_LINES = 2208  # memory.py, attention.py, trl_step.py are 340 of them
 

@@ -166,8 +166,9 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         made = [x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.sizes = {ref: size for ref, size in self.sizes.items() if not ref.expired()}
         self.sizes |= {StorageWeakRef(storage): storage.nbytes() for storage in made}
-        self.peak = max(self.peak, sum(size for ref, size in self.sizes.items() if not ref.expired()))
+        self.peak = max(self.peak, sum(self.sizes.values()))
         return out
 
 

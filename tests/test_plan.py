@@ -146,7 +146,8 @@ def test_a_plan_is_data():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--new 32", "--new 32 --recompute", "--new 48 --micro-batch-tokens 512"])
+@pytest.mark.parametrize("flags", ["--new 128", "--new 128 --recompute",
+                                   "--new 256 --problems 3 --micro-batch-tokens 1024"])
 def test_the_peak_of_a_process_is_planned_within_15_percent(flags):
     """Two steps of SmolLM2-135M's shape with random weights, on this CPU."""
     command = [sys.executable, "bench/memory.py", "--device", "cpu", "--threads", "2", *flags.split()]
