@@ -58,7 +58,7 @@ step update 60 python3 bench/update.py "${on[@]}" "${update[@]}" --write "$work/
 step head 40 python3 bench/head.py "${on[@]}" "${head[@]}" --rival products torch --write "$work/head.md"
 step memory 40 python3 bench/memory.py "${on[@]}" "${memory[@]}"
 step offload 40 python3 bench/memory.py "${on[@]}" "${memory[@]}" --offload --recompute
-step attention 20 python3 bench/attention.py "${on[@]}" "${attention[@]}" --write "$work/attention.md"
+step attention 90 python3 bench/attention.py "${on[@]}" "${attention[@]}" --write "$work/attention.md"
 step whole 40 python3 bench/step.py "${on[@]}" "${whole[@]}" --repeats 2 --write "$work/whole.md"
 # Without torch's own cache of memory, which hides where tensors end.
 if command -v compute-sanitizer > /dev/null; then
