@@ -480,7 +480,7 @@ def truncate_importance(batch, logprobs_N, cap):
     """The batch under --importance-cap: a token's weight is multiplied by the trainer's probability over the
     sampler's, which may round differently, at most by `cap`; the trainer's log-probs are then the old ones
     (truncated importance sampling). An expert's token keeps its weight."""
-    log_ratio_N = report.log_ratio(batch, logprobs_N)
+    _, log_ratio_N = report.compare(batch, logprobs_N)
     return dataclasses.replace(batch, old_logprobs_N=logprobs_N,
                                weights_N=batch.weights_N * log_ratio_N.exp().clamp(max=cap))
 

@@ -235,9 +235,8 @@ class MasterAdamW:
 
 def bring(x, device):
     """x on a device; from a GPU to the host through pinned memory, and waited for."""
-    # Which the host would otherwise read before the copy has ended.
     there = x.to(device, non_blocking=True)
-    if x.is_cuda and not there.is_cuda:
+    if x.is_cuda and not there.is_cuda:  # the host would read it before the copy has ended
         torch.cuda.current_stream(x.device).synchronize()
     return there
 

@@ -119,20 +119,21 @@ def make_plan(shape, config, lengths, capacity, on_cuda, num_ranks=1):
     """
     lengths = lengths or [(config.max_new_tokens, config.max_new_tokens)] * config.problems_per_step
     plan = estimate(shape, config, lengths, capacity, on_cuda, num_ranks)
+    if plan.fits:
+        return plan
+    smaller = {"micro_batch_tokens": 0}  # what fits
     all_flags = {"recompute": True, "offload": True} if on_cuda else {"recompute": True}
     shorter = {"max_new_tokens": max(1, config.max_new_tokens // 2),
                "sample_batch_size": max(1, config.sample_batch_size // 4)}
-    smaller = {"micro_batch_tokens": 0}  # what fits
     for changes in (smaller, {"recompute": True}, {"offload": on_cuda}, all_flags, smaller | all_flags,
                     smaller | all_flags | shorter):
-        if not plan.fits and not plan.advice:
-            changed = types.SimpleNamespace(**{**vars(config), **changes})
-            found = estimate(shape, changed, lengths, capacity, on_cuda, num_ranks)
-            if found.fits:
-                changes |= {name: found.micro_batch_tokens for name in changes if name in smaller}
-                flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-                         for name, value in changes.items()]
-                plan = dataclasses.replace(plan, advice=f"give {' '.join(flags)}")
+        changed = types.SimpleNamespace(**{**vars(config), **changes})
+        found = estimate(shape, changed, lengths, capacity, on_cuda, num_ranks)
+        if found.fits:
+            values = [getattr(found if name in smaller else changed, name) for name in changes]
+            flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+                     for name, value in zip(changes, values)]
+            return dataclasses.replace(plan, advice=f"give {' '.join(flags)}")
     return plan
 
 
@@ -168,11 +169,10 @@ def estimate(shape, config, lengths, capacity, on_cuda, num_ranks):
         phases |= {"training": gradients | training, "optimizer": gradients | slices}
     unaided = config.problems_per_step * config.group_size * config.max_new_tokens
     probes = math.ceil(math.log2(config.max_episodes))
+    text = (f"at most {unaided:,} tokens sampled unaided, as many in each of {probes} rounds of probes, "
+            f"{unaided:,} trained on")
     if config.method == "sft":
         text = f"{config.problems_per_step} traces, all of them trained on"
-    else:
-        text = (f"at most {unaided:,} tokens sampled unaided, as many in each of {probes} rounds of probes, "
-                f"{unaided:,} trained on")
     return Plan(capacity, always, phases, host, rows, trunk, tokens, text)
 
 

@@ -76,19 +76,19 @@ def count_groups(groups):
     return counts
 
 
-def log_ratio(batch, logprobs_N):
-    """log(trainer's / sampler's probability) of every token; 0 of an expert's, which no sampler has drawn."""
+def compare(batch, logprobs_N):
+    """(1 for each token that a sampler drew, 0 for an expert's; log(trainer's / sampler's probability) of the
+    former, 0 of the latter)."""
     sampled_N = batch.expand([rollout.finish_reason != "expert" for rollout in batch.rollouts])
-    return sampled_N * (logprobs_N - batch.old_logprobs_N)
+    return sampled_N, sampled_N * (logprobs_N - batch.old_logprobs_N)
 
 
 def measure(config, batch, logprobs_N, entropies_N, is_first):
     """What a batch tells of the policy, {name: sum, a tensor}: nobody waits for the device here. In the first
     pass over a step's rollouts also how far the sampler was from the trainer."""
-    log_ratio_N = log_ratio(batch, logprobs_N)
+    sampled_N, log_ratio_N = compare(batch, logprobs_N)
     sums = {}
     if is_first:
-        sampled_N = batch.expand([rollout.finish_reason != "expert" for rollout in batch.rollouts])
         importance_N = log_ratio_N.exp().clamp(max=config.importance_cap or torch.inf)
         sums = {"compared": sampled_N, "gap": log_ratio_N.abs(), "importance": sampled_N * importance_N}
         if config.importance_cap:  # then the trainer's log-probs are the old ones

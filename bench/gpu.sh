@@ -56,8 +56,8 @@ step sampler 120 python3 bench/sampler.py "${on[@]}" --case gpu "${sampler[@]}" 
 step profile 50 python3 bench/sampler.py "${on[@]}" --profile "${profile[@]}" --write "$work/profile.md"
 step update 60 python3 bench/update.py "${on[@]}" "${update[@]}" --write "$work/update.md"
 step head 40 python3 bench/head.py "${on[@]}" "${head[@]}" --rival products torch --write "$work/head.md"
-step memory 40 python3 bench/memory.py "${on[@]}" "${memory[@]}"
-step offload 40 python3 bench/memory.py "${on[@]}" "${memory[@]}" --offload --recompute
+step memory 40 python3 bench/memory.py "${on[@]}" "${memory[@]}" --write "$work/memory.md"
+step offload 40 python3 bench/memory.py "${on[@]}" "${memory[@]}" --offload --recompute --write "$work/offload.md"
 step attention 90 python3 bench/attention.py "${on[@]}" "${attention[@]}" --write "$work/attention.md"
 step whole 40 python3 bench/step.py "${on[@]}" "${whole[@]}" --repeats 2 --write "$work/whole.md"
 # Without torch's own cache of memory, which hides where tensors end.

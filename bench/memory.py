@@ -19,7 +19,6 @@ import plan
 from config import Config
 from traces import Problem
 
-
 MODELS = "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"
 CARDS = 24, 40, 80, 141  # GB
 FLAGS = {"plain": {}, "`--recompute`": {"recompute": True}, "`--offload`": {"offload": True},
@@ -128,7 +127,7 @@ def main():
     problems = [Problem(f"{i}", prompt, [], [], "", "", "") for i, prompt in enumerate(prompts)]
     ranks = bread.Ranks(str(args.device))
     optimizer = Optimizer(policy.model.parameters(), ranks, offload=args.offload)
-    planned = policy.reserve(problems, [], 1, print)
+    planned = policy.reserve(problems, [], 1, lambda text: None)  # told below
     rows = [(i, len(prompt)) for i, prompt in enumerate(prompts)]
     measured = {}
     for step in range(2):
@@ -145,14 +144,16 @@ def main():
         bread.update(policy, optimizer, ranks, groups, 1e-6, bread.batch_loss)
         measured["training"] = optimizer.training_peak
         measured["optimizer"] = peak(args.device)
-    always = sum(planned.always.values())
-    for phase, found in measured.items() if args.device.type == "cuda" else ():
-        expected = always + sum(planned.phases[phase].values())
-        print(f"{phase:<10} planned {expected / 1e9:6.2f} GB, measured {found / 1e9:6.2f}: "
+    pairs = {"peak": (planned.needed, max(measured.values()))}
+    if args.device.type == "cuda":  # a process keeps what it had in another phase
+        always = sum(planned.always.values())
+        pairs |= {phase: (always + sum(planned.phases[phase].values()), found)
+                  for phase, found in measured.items()}
+    write = timing.writer(__doc__, args, f"{args.shape}, optimizer {optimizer.step_seconds:.3g} s", "",
+                          *planned.lines())
+    for phase, (expected, found) in pairs.items():
+        write(f"{phase:<10} planned {expected / 1e9:6.2f} GB, measured {found / 1e9:6.2f}: "
               f"{expected / found - 1:+.0%}")
-    most = max(measured.values())
-    print(f"peak       planned {planned.needed / 1e9:6.2f} GB, measured {most / 1e9:6.2f}: "
-          f"{planned.needed / most - 1:+.0%}; optimizer {optimizer.step_seconds:.3g} s")
 
 
 if __name__ == "__main__":
