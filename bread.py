@@ -31,9 +31,13 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
+import math
+import numbers
 import os
 import random
 import sys
+import time
 from pathlib import Path
 
 # Threads that spin at barriers collapse as soon as another program takes a core (10 to 40 times slower,
@@ -54,21 +58,23 @@ import torch
 
 import model as plain
 import report
-from checkpoint import RunFolder, load, write_tensors
-from config import load_function, parse_args
+from checkpoint import RunFolder, load, to_json, write_tensors, write_whole
+from config import check_paths, load_function, parse_args
+from data import read_data, read_rows
+from evaluation import is_right, summarise, summary_lines
 from packing import Prefixes, forward_suffixes, halve, make_batches
 from parallel import MasterAdamW, Ranks
 from plan import host_memory, make_plan
-from rewards import extract_answer, math_reward, parse_gold
+from rewards import answers_match, extract_answer, math_reward, math_verify_reward, parse_gold
 from sampler import Fork, Places, SamplingParams, branch, prefill
-from traces import Problem, Tokenizer, load_problems
+from traces import Problem, Tokenizer, make_problem, reach_lines
 
 EXAMPLE = Path(__file__).resolve().parent / "examples" / "chain"
 HINT_ROOM = 64  # tokens for the words around a hint; the hint itself counts toward --max-new-tokens
 # Options that a resumed run may change: they decide when it stops and what fits, never what is computed.
 MAY_DIFFER = """steps token_budget output overwrite resume device eval_every eval_samples save_every data
                 eval_data eval_sha256 sample_batch_size micro_batch_tokens recompute offload
-                max_skipped_updates""".split()
+                max_skipped_updates keep tensorboard strict write_hard""".split()
 
 
 @dataclasses.dataclass
@@ -80,7 +86,7 @@ class Rollout:
     anchor_ids: list                 # those tokens; empty where they were shown as a hint inside the prompt
     completion_ids: list
     logprobs: list                   # of every completion token when it was drawn, in nats
-    reward: float
+    reward: float                    # None where the reward function said so: not for long, see sample_groups
     finish_reason: str               # "stop", "length", or "expert": a trace, which nobody sampled
     entropy: float | None = None     # mean over the completion's tokens, in nats
     advantage: float | None = None   # a method may set it; else `set_advantages` does
@@ -115,15 +121,25 @@ class State:
             self.memory |= theirs["memory"]
 
 
+class RewardError(Exception):
+    """A reward function that raised an error, or gave what is no number."""
+
+
+# --reward; a user's is a function of (completion, answer, problem), too. None: it cannot be judged.
+REWARDS = {"math": lambda completion, answer, problem: math_reward(completion, answer),
+           "math_verify": lambda completion, answer, problem: math_verify_reward(completion, answer)}
+
+
 class Policy:
     """The model, and what it takes to sample from it and to judge what it sampled."""
 
-    def __init__(self, config, device, weights):
-        """weights: the folder they are read from, --model or a checkpoint."""
+    def __init__(self, config, device, weights, reward=REWARDS["math"]):
+        """weights: the folder they are read from, --model or a checkpoint. reward: as those of REWARDS."""
         self.config = config
         self.device = device
+        self.reward = reward
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.tokenizer = Tokenizer.from_pretrained(config.model)
+        self.tokenizer = Tokenizer.from_pretrained(config.model, json.loads(config.template_args or "{}"))
         self.model = plain.Transformer.from_pretrained(weights, device, dtype, recompute=config.recompute)
         self.reference = plain.Transformer.from_pretrained(config.model, device, dtype) if config.kl else None
         self.ops = None     # plain PyTorch
@@ -154,9 +170,9 @@ class Policy:
             self.places = Places(self.model, plan.rows, ops, self.config.max_new_tokens, plan.trunk, longest)
         return plan
 
-    def read(self, path, say):
-        """The problems of a JSONL file, [] without a path."""
-        return read_problems(self.config, self.tokenizer, self.model.config, path, say)
+    def read(self, method, say):
+        """(problems of --data, of --eval-data): lists, empty without a file."""
+        return read_problems(self.config, self.tokenizer, self.model.config, method, say)
 
     def context(self, problem, cut):
         """(prompt ids, anchor ids): what the policy reads before it writes, by --anchor-placement."""
@@ -179,9 +195,17 @@ class Policy:
         # Told where the prompt opened a thought: a box inside one that never closes is no answer.
         opening = "<think>\n" if self.tokenizer.opens_thinking else ""
         text = opening + self.tokenizer.decode(anchor_ids + completion.token_ids)
+        try:
+            reward = self.reward(text, problem.answer, problem)
+            if not (reward is None or isinstance(reward, numbers.Real) and math.isfinite(reward)):
+                raise TypeError(f"it returned {reward!r}, a finite number or None is needed")
+        except Exception as error:  # whatever the user's function raises
+            path = Path(self.config.output) / "reward_failed.json"
+            write_whole(path, to_json({"id": problem.id, "answer": problem.answer, "completion": text}, 2))
+            raise RewardError(f"--reward {self.config.reward}: {error!r} at problem {problem.id}; the "
+                              f"completion stands in {path}") from error
         return Rollout(problem, cut, prompt_ids, anchor_ids, completion.token_ids, completion.logprobs,
-                       math_reward(text, problem.answer), completion.finish_reason,
-                       report.mean(completion.entropies))
+                       reward, completion.finish_reason, report.mean(completion.entropies))
 
     def tell(self, groups, sums, memory):
         """What other ranks have to know of this one's step: numbers, no rollouts. Counting starts anew."""
@@ -206,9 +230,9 @@ def train(config):
     folder = RunFolder(config.output, resume=True) if config.resume and ranks.rank == 0 else None
     saved, notes = ranks.from_first(folder.latest() if folder else (None, []))
     log = report.Log(config, ranks.rank == 0, notes)
-    policy = Policy(config, ranks.device, saved or config.model)
-    problems, held_out = (policy.read(path, log.say) for path in (config.data, config.eval_data))
-    method = load_function("--method", config.method, METHODS)
+    method, reward = load_functions(config)
+    policy = Policy(config, ranks.device, saved or config.model, reward)
+    problems, held_out = policy.read(method, log.say)
     loss_of = getattr(method, "loss", batch_loss)
     optimizer = MasterAdamW(policy.model.parameters(), ranks, config.weight_decay, config.offload)
     if ranks.rank == 0 and not folder:  # not before everything was read: bad input leaves nothing behind
@@ -292,16 +316,20 @@ def sample_groups(policy, points, step, purpose, trunk=None, group_size=None, te
     places = policy.places or Places(policy.model, config.sample_batch_size)
     half = max(1, places.places_6R.shape[1] // 2)
     with out_of_memory(f"--sample-batch-size {half}", " while sampling"):
-        sampled = branch(policy.model, cache, forks, params, places)
+        sampled = branch(policy.model, cache, forks, params, places, report.progress(purpose))
     for (problem, cut), context, completions in zip(points, contexts, sampled):
-        group = [policy.judge(problem, cut, context, completion) for completion in completions]
+        judged = [policy.judge(problem, cut, context, completion) for completion in completions]
+        group = [rollout for rollout in judged if rollout.reward is not None]
+        # A group in which nothing could be judged is a failure, and teaches nothing.
+        group = group or [dataclasses.replace(judged[0], reward=0.0)]
         groups.append(group)
+        policy.counts["rollouts/unjudged"] += sum(rollout.reward is None for rollout in judged)
         if cut:
             policy.shown[problem.id] = max(policy.shown.get(problem.id, 0), cut)
         policy.counts[f"groups/{purpose}"] += 1
         policy.counts[f"rollouts/{purpose}"] += len(group)
         policy.counts[f"successes/{purpose}"] += num_successes(group)
-        policy.counts[f"tokens/{purpose}"] += sum(len(rollout.completion_ids) for rollout in group)
+        policy.counts[f"tokens/{purpose}"] += sum(len(rollout.completion_ids) for rollout in judged)
     return groups
 
 
@@ -362,6 +390,7 @@ def search_anchors(policy, problems, step):
         contexts = [(problem.prompt_ids, problem.expert_ids) for problem in problems]
         trunk = policy.prefill(contexts, "probe"), {problem.id: i for i, problem in enumerate(problems)}
     by_id = {problem.id: problem for problem in problems}
+    probes = []
     searches = {problem.id: probe(policy.config, problem) for problem in problems}
     replies = dict.fromkeys(searches)  # the first thing sent to a generator is None
     accepted = {}
@@ -375,8 +404,13 @@ def search_anchors(policy, problems, step):
         groups = sample_groups(policy, [(by_id[id], cut) for id, cut in asked.items()], step, "probe", trunk)
         replies = dict(zip(asked, groups))
         for id, group in replies.items():
-            policy.probes.append({"step": step + 1, "id": id, "cut": asked[id], "rollouts": len(group),
-                                  "of": len(by_id[id].expert_ids), "successes": num_successes(group)})
+            length = len(by_id[id].expert_ids)
+            probes.append({"step": step + 1, "id": id, "cut": asked[id], "of": length,
+                           "share": asked[id] / length, "rollouts": len(group),
+                           "successes": num_successes(group)})
+    for row in sorted(probes, key=lambda row: list(by_id).index(row["id"])):  # search by search
+        found = accepted[row["id"]]
+        policy.probes.append(row | {"accepted": bool(found) and found[0].cut == row["cut"]})
     policy.counts["searched"] += len(problems)
     return accepted
 
@@ -500,6 +534,7 @@ def likelihood_loss(config, batch, logprobs_N):
 
 
 sft.loss = likelihood_loss
+grpo.needs_trace = False
 # --method; others are functions of the user's files, examples/methods.py for instance.
 METHODS = {"bread": bread, "grpo": grpo, "sft": sft}
 
@@ -516,6 +551,8 @@ def update(policy, optimizer, ranks, groups, lr, loss_of):
     """
     config = policy.config
     mine = [rollout for group in groups for rollout in group]
+    if config.mask_truncated:  # an answer that was cut off may have been on its way to the right one
+        mine = [rollout for rollout in mine if rollout.finish_reason != "length"]
     # Without advantage and KL term a rollout's gradient is exactly zero: it counts, but is not run.
     trained = [rollout for rollout in mine if rollout.advantage or config.kl]
     whole = ranks.total({"tokens": sum(len(rollout.completion_ids) for rollout in mine),
@@ -613,30 +650,55 @@ def learning_rate(config, state):
 # ---------------------------------------------------------------- problems, evaluation, files
 
 
-def read_problems(config, tokenizer, shape, path, say):
-    """Problems of a JSONL file that fit the context of a model of this ModelConfig and whose gold answer and
-    trace agree."""
-    if not path:
-        return []
-    window = shape.max_position_embeddings
-    problems = load_problems(path, tokenizer, max_episodes=config.max_episodes, max_tokens=window,
-                             system=config.system or None, log=say)
-    usable = [p for p in problems if parse_gold(p.answer) is not None
-              and (extract_answer(p.trace) is None or math_reward(p.trace, p.answer) > 0)]
-    if len(usable) < len(problems):
-        say(f"{path}: left out {len(problems) - len(usable)} problems whose trace contradicts their answer, "
-            "or whose answer cannot be checked")
-    needed = 1 if config.eval or path != config.data else config.problems_per_step
-    if len(usable) < needed:
-        raise ValueError(f"{path}: {len(usable)} usable problems, but a step needs {needed}: add some whose "
-                         "traces end in their answers, or lower --problems-per-step")
+def read_problems(config, tokenizer, shape, method, say):
+    """(problems of --data, of --eval-data) that a model of this ModelConfig can be trained and evaluated on
+    by this method; [] without a file. Rows that are no use are left out and counted by reason."""
+    named = {name: getattr(config, f"{name}_field") for name in ("question", "trace", "answer")}
+    fields = {name: path for name, path in named.items() if path}
+    both = []
+    for path, trains in ((config.data, True), (config.eval_data, False)):
+        # An evaluation shows no trace, so that it has no business in it.
+        needs_trace = trains and (getattr(method, "needs_trace", True) or config.on_fail == "expert")
+        convert = functools.partial(to_problem, config, tokenizer, shape.max_position_embeddings, needs_trace)
+        problems = read_data(path, convert, fields, needs_trace, config.strict, say) if path else []
+        if path and trains and len(problems) < config.problems_per_step:
+            raise ValueError(f"{path}: {len(problems)} usable problems, but a step needs "
+                             f"{config.problems_per_step}: add some, or lower --problems-per-step")
+        if problems and needs_trace and config.method != "sft":
+            say("\n".join(reach_lines(problems, tokenizer, config.max_new_tokens)))
+        both.append(problems)
+    return both
+
+
+def load_functions(config):
+    """The functions of --method and --reward; a user's file that both name runs once."""
+    modules = {}
+    method = load_function("--method", config.method, METHODS, modules)
+    reward = load_function("--reward", config.reward, REWARDS, modules)
+    if config.reward == "math_verify":
+        math_verify_reward("", "1")  # without the package the run ends here, not after its first step
+    return method, reward
+
+
+def to_problem(config, tokenizer, window, needs_trace, row):
+    """A data.Row as a Problem, or a ValueError, "reason: detail". window: positions that the model has."""
+    row = row if needs_trace else dataclasses.replace(row, trace="")
+    problem = make_problem(row, tokenizer, answers_match, config.max_episodes, config.system or None)
+    size = len(problem.prompt_ids)
     hint_room = HINT_ROOM if config.anchor_placement == "hint" else 0  # for a line around the anchor's text
-    longest = max(len(p.prompt_ids) for p in usable) + hint_room
-    if longest + config.max_new_tokens > window:
-        raise ValueError(f"{path}: a prompt of {longest} tokens and --max-new-tokens {config.max_new_tokens} "
-                         f"exceed the model's {window} positions; lower --max-new-tokens to "
-                         f"{max(window - longest, 1)}")
-    return usable
+    if size + hint_room + config.max_new_tokens > window:
+        raise ValueError(f"prompt and --max-new-tokens exceed the model's {window} positions: lower "
+                         f"--max-new-tokens to {max(1, window - size - hint_room)}")
+    if size + len(problem.expert_ids) > window:
+        raise ValueError(f"prompt and trace exceed the model's {window} positions: by "
+                         f"{size + len(problem.expert_ids) - window}")
+    if config.reward in REWARDS:
+        found = extract_answer(problem.trace)
+        if parse_gold(problem.answer) is None:
+            raise ValueError(f"the answer cannot be checked: {problem.answer!r:.60}")
+        if found is not None and not answers_match(found, problem.answer):
+            raise ValueError(f"the trace contradicts the answer: {found!r:.60} for {problem.answer!r:.60}")
+    return problem
 
 
 def next_problems(problems, config, step):
@@ -656,14 +718,11 @@ def evaluate(policy, ranks, problems, state, folder):
     if not (problems and due) or (state.evals and state.evals[-1]["step"] == state.step):
         return
     row = {"step": state.step}
-    points = [(problem, 0) for problem in ranks.share(problems)]
+    mine = ranks.share(problems)
     with report.clock(state.seconds, "eval"):
         for name, samples, temperature in (("accuracy", config.eval_samples, None), ("greedy", 1, 0.0)):
-            rewards = []
-            for begin in range(0, len(points), config.sample_batch_size):  # bounds what prompts hold
-                part = points[begin:begin + config.sample_batch_size]
-                for group in sample_groups(policy, part, state.step, "eval", None, samples, temperature):
-                    rewards += [rollout.reward for rollout in group]
+            groups = answer(policy, mine, state.step, samples, temperature)
+            rewards = [rollout.reward for group in groups for rollout in group]
             total = ranks.total({"reward": sum(rewards), "rollouts": len(rewards)})
             row[f"eval/{name}"] = total["reward"] / total["rollouts"]
     state.count(ranks.gather(policy.tell([], {}, {})))
@@ -672,14 +731,27 @@ def evaluate(policy, ranks, problems, state, folder):
         folder.append("metrics.jsonl", state.evals[-1])
 
 
+def answer(policy, problems, step, samples, temperature=None):
+    """Unaided answers to every problem, for an evaluation: a group for each."""
+    size = policy.config.sample_batch_size
+    groups = []
+    for begin in range(0, len(problems), size):  # bounds what prompts hold
+        points = [(problem, 0) for problem in problems[begin:begin + size]]
+        groups += sample_groups(policy, points, step, "eval", None, samples, temperature)
+    return groups
+
+
 def begin(config, ranks, folder, optimizer, saved, say):
     """A new State, or a checkpoint's, which must be of a run with these options; writes run.json."""
     options = dataclasses.asdict(config)
     for name, path in (("data_sha256", config.data), ("eval_sha256", config.eval_data)):
         options[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
     state = State()
+    history = []  # of every process that worked on this run
     if saved:
-        for name, was in ranks.from_first(folder.read_json("run.json") if folder else None).items():
+        before = ranks.from_first(folder.read_json("run.json") if folder else None)
+        history = before.pop("history", [])
+        for name, was in before.items():
             now = options.get(name)
             if name not in MAY_DIFFER and now != was:
                 raise ValueError(f"--resume: {name} is {now!r}, but the run in {config.output} has {was!r}; "
@@ -690,10 +762,13 @@ def begin(config, ranks, folder, optimizer, saved, say):
         tensors, record = load(saved, optimizer.owns)
         optimizer.restore(tensors)
         state = State(**record)
+        say(f"continues from {saved.name} at step {state.step}")
     if folder:
         for name in ("metrics.jsonl", "samples.jsonl", "probes.jsonl"):
             folder.truncate(name, state.step)
-        folder.write_json("run.json", options)
+        history.append({"time": time.strftime("%Y-%m-%d %H:%M:%S"), "step": state.step, "steps": config.steps,
+                        "device": str(ranks.device), "processes": ranks.size})
+        folder.write_json("run.json", options | {"history": history})
     ranks.listen()
     return state
 
@@ -711,7 +786,7 @@ def save(policy, optimizer, ranks, folder, state):
 
     if folder:
         sizes = [weight.numel() * (weight.element_size() + 12) for weight in optimizer.weights]
-        folder.save(state.step, write, dataclasses.asdict(state), sum(sizes))
+        folder.save(state.step, write, dataclasses.asdict(state), sum(sizes), policy.config.keep)
     else:
         write()
 
@@ -726,7 +801,7 @@ def training(ranks, save_run):
         return
     except (ValueError, FloatingPointError) as error:
         raise RuntimeError(f"training broke off: {error}") from error
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, torch.OutOfMemoryError, RewardError) as error:
         failure = error.with_traceback(None)  # whose frames hold tensors: saving needs their memory
     if ranks.size == 1:
         save_run()
@@ -763,9 +838,9 @@ def plan_only(config):
     shape = plain.ModelConfig.from_dict(plain.read_config(config.model))
     lengths = []
     if config.data or config.eval_data:
-        tokenizer = Tokenizer.from_pretrained(config.model)
-        lengths = lengths_of(*(read_problems(config, tokenizer, shape, path, print)
-                               for path in (config.data, config.eval_data)))
+        method, _ = load_functions(config)
+        tokenizer = Tokenizer.from_pretrained(config.model, json.loads(config.template_args or "{}"))
+        lengths = lengths_of(*read_problems(config, tokenizer, shape, method, print))
     ranks = Ranks("cpu" if config.plan else config.device)
     room = (config.plan - 1) * 1e9 if config.plan else capacity(ranks.device)  # CUDA itself takes about 1 GB
     on_cuda = bool(config.plan) or ranks.device.type == "cuda"
@@ -775,18 +850,45 @@ def plan_only(config):
 
 
 def evaluate_only(config):
-    """--eval: one line, and no file."""
+    """--eval: what the model answers to every held-out problem, and what that amounts to."""
     ranks = Ranks(config.device)
-    state = State()
-    policy = Policy(config, ranks.device, config.model)
+    policy = Policy(config, ranks.device, config.model, load_functions(config)[1])
     log = report.Log(config, ranks.rank == 0)
-    held_out = policy.read(config.eval_data, log.say)
-    policy.reserve([], held_out, ranks.size, log.say)
-    evaluate(policy, ranks, held_out, state, None)
-    log.say(f"{len(held_out)} problems, no anchors: greedy {state.evals[-1]['eval/greedy']:.1%}, "
-            f"sampled {state.evals[-1]['eval/accuracy']:.1%}")
+    _, problems = policy.read(grpo, log.say)
+    policy.reserve([], problems, ranks.size, log.say)
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = ranks.share(problems)
+    greedy = answer(policy, mine, 0, 1, temperature=0.0)
+    sampled = answer(policy, mine, 0, config.eval_samples)
+    rows = ranks.gather([answer_row(policy, *groups) for groups in zip(greedy, sampled)])
+    if ranks.rank == 0:
+        rows = sorted(itertools.chain.from_iterable(rows), key=lambda row: row["number"])
+        summary = summarise(rows)
+        write_whole(folder / "eval.jsonl", b"".join(map(to_json, rows)))
+        write_whole(folder / "eval.json", to_json(summary | {"options": dataclasses.asdict(config)}, 2))
+        log.say("\n".join(summary_lines(config, summary)))
+        log.say(f"written: {folder / 'eval.json'}, with every completion {folder / 'eval.jsonl'}")
+        if config.write_hard:
+            hard = {row["number"] for row in rows if not any(map(is_right, row["samples"]))}
+            kept = [row for number, row in read_rows(config.eval_data) if number in hard]
+            write_whole(Path(config.write_hard), b"".join(map(to_json, kept)))
+            log.say(f"{len(kept)} problems without a right sample: {config.write_hard}")
     ranks.leave()
     return 0
+
+
+def answer_row(policy, greedy, sampled):
+    """A problem and its answers, [one greedy rollout] and the sampled ones, for eval.jsonl."""
+    problem = greedy[0].problem
+    answers = []
+    for rollout in greedy + sampled:
+        text = policy.tokenizer.decode(rollout.completion_ids)
+        opening = "<think>" if policy.tokenizer.opens_thinking else ""
+        answers.append({"completion": text, "reward": rollout.reward, "tokens": len(rollout.completion_ids),
+                        "finish_reason": rollout.finish_reason, "answer": extract_answer(opening + text)})
+    return {"number": problem.number, "id": problem.id, "level": problem.level, "question": problem.question,
+            "answer": problem.answer, "greedy": answers[0], "samples": answers[1:]}
 
 
 def main(argv=None):
@@ -795,6 +897,7 @@ def main(argv=None):
     sys.modules.setdefault("bread", sys.modules[__name__])  # a user's `import bread` gets no second copy
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv, EXAMPLE)
+        check_paths(config)
         flags = "a lower --sample-batch-size or --micro-batch-tokens, --recompute or --offload"
         with out_of_memory(flags):
             if config.plan >= 0:
@@ -803,7 +906,7 @@ def main(argv=None):
     except ValueError as error:
         print(f"bread.py: {error}", file=sys.stderr)
         return 2
-    except (OSError, FloatingPointError, MemoryError) as error:  # what was saved before is whole
+    except (OSError, FloatingPointError, MemoryError, RewardError) as error:  # what was saved before is whole
         print(f"bread.py: {error}", file=sys.stderr)
         return 1
 

@@ -1,6 +1,6 @@
 """A run's folder: checkpoints that outlive a kill, a full disk and a bad copy; logs without duplicates.
 
-    run.json, metrics.jsonl, samples.jsonl, probes.jsonl
+    run.json, metrics.jsonl, samples.jsonl, probes.jsonl; eval.json and eval.jsonl of an evaluation
     checkpoint-40/            a Hugging Face folder that loads as it is, and beside the model
         trainer-0-0.tensors     the optimizer's masters and moments, in safetensors format: of rank 0, part 0
         trainer.json            everything else, and the size of every file; written last
@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-LOGS = ("run.json", "metrics.jsonl", "samples.jsonl", "probes.jsonl")
+LOGS = ("run.json", "metrics.jsonl", "samples.jsonl", "probes.jsonl", "eval.json", "eval.jsonl")
 MANIFEST = "trainer.json"  # {"sizes": {file: bytes}, "record": what `save` was given}
 PART_BYTES = 2 << 30       # of one file of tensors: 2 GiB
 

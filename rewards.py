@@ -243,3 +243,20 @@ def math_reward(completion: str, answer: str) -> float:
     """
     given = extract_answer(completion)
     return float(given is not None and answers_match(given, answer))
+
+
+def math_verify_reward(completion: str, answer: str) -> float | None:
+    """Return the verdict of the math-verify library (optional), None when it cannot read the gold answer.
+
+    As in `math_reward` only what follows the thinking counts. ValueError without the package.
+    """
+    try:
+        import math_verify
+    except ImportError:
+        raise ValueError("math_verify is not installed: pip install math-verify") from None
+    gold = math_verify.parse(f"${answer}$")
+    if not gold:
+        return None
+    text = completion.rpartition("</think>")[2]
+    is_thinking = "<think>" in text
+    return float(not is_thinking and math_verify.verify(gold, math_verify.parse(text[-MAX_TEXT:])))

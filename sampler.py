@@ -73,11 +73,11 @@ def generate(model, prompts, params, num_samples=1, places=None):
 
 
 @torch.no_grad()
-def branch(model, trunk, forks, params, places=None):
+def branch(model, trunk, forks, params, places=None, progress=None):
     """Sample every row of every fork to its end: list of Fork -> list (per fork) of lists of Completion.
     places: `Places(model, ...)`, worth keeping where steps are captured; None: new ones, at most 256. What is
-    sampled does not depend on them. Raises ValueError for a fork that lies outside its sequence or may not
-    sample a token.
+    sampled does not depend on them. progress(rows that are done, rows in all) is called after every step.
+    Raises ValueError for a fork that lies outside its sequence or may not sample a token.
     """
     rows = Rows(trunk, forks, params)
     places = places or Places(model, min(256, rows.num))
@@ -93,6 +93,8 @@ def branch(model, trunk, forks, params, places=None):
         elif not waiting:
             places.shrink(idle)
         idle = places.step()
+        if progress:
+            progress(rows.num - len(waiting) - places.size + len(idle), rows.num)
     return rows.completions(forks)
 
 

@@ -4,35 +4,25 @@
     prompt_ids | episode 1 | episode 2 | .. | last episode
                            ^           ^    ^               cuts; an anchor is expert_ids[:cut]
 
-A data file is JSON lines; `ALIASES` lists the names of its fields, ours first. `question`: text, or messages
-that end with the user's. `trace`: the expert's text. `answer`: text or a number; if absent, what follows the
-trace's last "####", else its last \\boxed{}. Optional: `id`, `system`. Raw GSM8K lines work as they are: the
-trace is then the whole `answer`, its "#### 72" included so that a reward can verify it.
-
 Our choices: (1) A trace is tokenised once and whole, and a cut is an index into those ids: an anchor is a
 prefix of the trace's own tokenisation. (2) No anchor states the answer, see `find_cuts`. (3) Data cannot
 forge turns: text that spells a special token such as <|im_end|> is refused; at a trace's end it is stripped.
-Left out: SentencePiece-only folders; template variables such as enable_thinking (`_prompt_text` would take
-them); limits on templates (sandboxed, but a loop may spin). The caller verifies the answers.
+Left out: SentencePiece-only folders; limits on templates (sandboxed, but a loop may spin).
 """
 import datetime
 import functools
+import itertools
 import json
+import math
 import re
-from bisect import bisect_right
-from collections import Counter
+import statistics
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import jinja2.sandbox
 import tokenizers
 
-ALIASES = {
-    "question": ("question", "problem", "prompt", "query"),
-    "trace": ("trace", "solution", "response", "completion", "target", "rationale", "traces"),  # or a list
-    "answer": ("answer", "final_answer", "ground_truth", "gold"),
-}
 NO_DEFAULT = "{{ raise_exception('none of the templates is named default') }}"
 HINT = "\n\nHint: the solution may begin like this:\n"
 TEMPLATE_DATE = datetime.datetime(2024, 7, 26)  # pinned: Llama-3.2's prompts hold today's
@@ -42,16 +32,20 @@ class Tokenizer:
     """Text to token ids and back, with the chat template and the stop ids of one Hugging Face folder.
 
     `stop_token_ids`: every id that ends a completion, sorted. `eos_id`: the one that ends an expert trace in
-    SFT (eos_token, else the smallest). `opens_thinking`: prompts end in "<think>". `special_texts`: see (3).
+    SFT (what the template puts behind an assistant's message, else eos_token, else the smallest).
+    `opens_thinking`: prompts end in "<think>"; `closes_thinking`: in an empty thought, "<think></think>".
+    `thinks`: the model is meant to write a thought, by the template's word. `special_texts`: see (3).
     """
 
     @classmethod
-    def from_pretrained(cls, path):
-        """Read a folder. ValueError names a missing or broken file, or says that no file names an eos."""
-        return cls(Path(path))
+    def from_pretrained(cls, path, template_args=None):
+        """Read a folder; template_args: variables of its chat template, {"enable_thinking": False}.
+        ValueError names a missing or broken file, or says that no file names an eos."""
+        return cls(Path(path), template_args or {})
 
-    def __init__(self, folder):
+    def __init__(self, folder, template_args):
         self._folder = folder
+        self._template_args = template_args
         self._backend = _read(folder / "tokenizer.json", tokenizers.Tokenizer.from_buffer)
         self._backend.no_truncation()  # the file may carry these settings, and would cut or pad in silence
         self._backend.no_padding()
@@ -66,23 +60,46 @@ class Tokenizer:
         for name in ("generation_config.json", "config.json"):
             entry = _read(folder / name, json.loads, absent={}).get("eos_token_id")
             stops |= set(entry) if isinstance(entry, list) else {entry}
-        self.stop_token_ids = tuple(sorted(stops - {None}))
-        if not self.stop_token_ids:
-            raise ValueError(f"{folder}: rollouts would never end; set eos_token in tokenizer_config.json, "
-                             "or eos_token_id in generation_config.json or config.json")
-        self.eos_id = self.stop_token_ids[0] if eos is None else eos
         # Where the config is silent (Llama-3), what tokenizer.json itself puts in front of a text decides.
         starts_with_bos = self._backend.encode("", add_special_tokens=True).ids[:1] == [bos]
         self._bos = [bos] if bos is not None and config.get("add_bos_token", starts_with_bos) else []
-        added = self._backend.get_added_tokens_decoder()
-        special = [token for i, token in added.items() if token.special or i in self.stop_token_ids]
-        self.special_texts = sorted(token.content for token in special)
         template = config.get("chat_template") or ""
         if isinstance(template, list):  # [{"name": .., "template": ..}, ..]
             template = {entry["name"]: entry["template"] for entry in template}.get("default", NO_DEFAULT)
         self._template = _read(folder / "chat_template.jinja", bytes.decode, absent=template)
-        # A first render shows a broken template at once, and whether a prompt already opens the thinking.
-        self.opens_thinking = self._prompt_text(_as_messages("1+1?")).endswith("<think>\n")
+        added = self._backend.get_added_tokens_decoder()
+        turn_end = self._turn_end({token.content: i for i, token in added.items() if token.special})
+        self.stop_token_ids = tuple(sorted((stops | {turn_end}) - {None}))
+        if not self.stop_token_ids:
+            raise ValueError(f"{folder}: rollouts would never end; set eos_token in tokenizer_config.json, "
+                             "or eos_token_id in generation_config.json or config.json")
+        ends = [id for id in (turn_end, eos, self.stop_token_ids[0]) if id is not None]
+        self.eos_id = ends[0]
+        special = [token for i, token in added.items() if token.special or i in self.stop_token_ids]
+        self.special_texts = sorted(token.content for token in special)
+        # A first render shows a broken template at once, and what a prompt says about thinking.
+        prompt = self._prompt_text(_as_messages("1+1?"))
+        self.opens_thinking = bool(re.search(r"<think>\s*\Z", prompt))
+        self.closes_thinking = bool(re.search(r"</think>\s*\Z", prompt))
+        self.thinks = self.opens_thinking or (
+            "enable_thinking" in self._template and not self.closes_thinking)
+
+    def _turn_end(self, special):
+        """The id of the special token, one of {text: id}, that the template puts behind an assistant's
+        message, or None. Base models have templates, too, whose turns do not end in their eos_token."""
+        messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "Two"}]
+        try:
+            text = self._prompt_text(messages, add_generation_prompt=False) if self._template else ""
+        except ValueError:  # takes no assistant's message
+            return None
+        behind = text.rpartition("Two")[2].lstrip()
+        found = [token for token in special if token and behind.startswith(token)]
+        return special[max(found, key=len)] if found else None
+
+    @property
+    def stop_texts(self):
+        """The stop ids as a reader knows them: "<|im_end|> (151645)"."""
+        return [f"{self.decode([id], skip_special_tokens=False)} ({id})" for id in self.stop_token_ids]
 
     def encode(self, text):
         """Token ids of plain text: "<|im_end|>" is ten characters like any others, never the special id."""
@@ -117,15 +134,16 @@ class Tokenizer:
         """ValueError, which calls the text `what`, if it spells one of the special tokens."""
         for token in self.special_texts:
             if token in text:
-                raise ValueError(f"{what} spells the special token {token!r}, which forges turns: remove it")
+                raise ValueError(f"{what} spells a special token, which forges turns: {token!r}")
 
-    def _prompt_text(self, messages):
+    def _prompt_text(self, messages, add_generation_prompt=True):
         if not self._template:
             return "\n\n".join(message["content"] for message in messages) + "\n"
         try:
-            return _compile_template(self._template).render(
-                messages=messages, add_generation_prompt=True, tools=None, documents=None,
-                date_string=TEMPLATE_DATE.strftime("%d %b %Y"), **self._names)
+            return _compile_template(self._template).render({
+                "messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None,
+                "documents": None, "date_string": TEMPLATE_DATE.strftime("%d %b %Y"), **self._names,
+                **self._template_args})
         except Exception as error:  # a template is a program and may raise anything
             raise ValueError(f"{self._folder}: chat template: {error!r}") from error
 
@@ -165,60 +183,157 @@ def _as_messages(question, system=None):
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-# Where episodes may end, the coarsest first: blank lines, line ends, sentence ends.
-_SEPARATORS = [re.compile(text) for text in (r"\n(?:[ \t\r]*\n)+", r"\n", r"[.!?][\"')\]]*\s+|[。！？]")]
-# 1,000 and LaTeX's 1{,}000 and 1,\!000 are one number each: neither 1 nor 000 is stated in them.
-_NUMBER = re.compile(r"[0-9]+(?:(?:,(?:\\!)?|\{,\})[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|\.[0-9]+")
-_GOLD_NUMBER = re.compile(rf"[\s$\\+−-]{{0,9}}({_NUMBER.pattern})[\s\\%]{{0,9}}")
-_CLAIM = re.compile(r"(?:=|>>|\bis)[\s$\\*:(−-]{0,20}\Z")
+# ---------------------------------------------------------------- where an anchor may end
+
+# The coarsest first: blank lines, line ends, sentence ends. "3! x" ends no sentence.
+_SEPARATORS = [re.compile(text) for text in (
+    r"\n[ \t\r]*\n\s*", r"\n\s*", r"(?:[.?][\"')\]]*\s+|![\"')\]]*\s+(?=[A-Z])|[。！？])")]
+# Nobody pauses inside: code, drawings, environments, formulas. A "$" is a formula's by Pandoc's rule, which
+# leaves "$5 and $6" alone: no blank behind the first, none before the second, and no digit behind it.
+_CLOSED = re.compile(
+    r"```.*?(?:```|\Z)|\[asy\].*?(?:\[/asy\]|\Z)|\\begin\{(\w+\*?)\}.*?(?:\\end\{\1\}|\Z)|\$\$.{1,2000}?\$\$"
+    r"|\\\[.{1,2000}?\\\]|\\\(.{1,400}?\\\)"
+    r"|(?<!\\)\$(?=\S)(?:[^$\n\\]|\\.|\n(?!\n)){1,400}?(?<=\S)\$(?![0-9])", re.S)
 
 
-def find_cuts(trace, offsets, answer, question, max_episodes=10):
-    """Token positions where an anchor of this trace may end: increasing, never 0, never the whole trace.
+def find_cuts(trace, offsets, answer, matches, max_episodes=10):
+    r"""Token positions where an anchor of this trace may end: increasing, never 0, never the whole trace.
 
-    `offsets`: (start, end) of every token of the trace, in characters. Episodes end at blank lines; if none
-    is usable, at line ends; else at sentence ends; inside a token, at the nearest token end before. Usable
-    are ends that leave an episode over and precede the first statement of the answer: the first \\boxed or
-    ####, or the answer as a whole number or word (72 is in 72.00, not in 172, 72.5 or 7,200), which must be
-    behind "=", ">>" or "is" if the question holds the answer too. Of more than max_episodes - 1 ends, those
-    nearest to equal shares of the tokens before the statement stay.
+    `offsets`: (start, end) of every token of the trace, in characters. `matches(given, answer)`: whether two
+    answers are the same. Episodes end at blank lines; where these reach less than 60% of the way, at line
+    ends, too, and then at sentence ends; never inside a formula, drawing or code; inside a token, at the
+    nearest token end before. Usable are ends that show more than "<think>", leave an episode over and precede
+    `first_statement`. Of more than max_episodes - 1 ends, those nearest to equal shares of the tokens before
+    the statement stay.
 
     Two tokens a line; 12 is first stated on the third, so an anchor is one line (2 tokens) or two (4 tokens):
-    >>> trace, offsets = "3*2 =6\\n6*2 =\\n12. So\\n", [(0, 3), (3, 7), (7, 10), (10, 13), (13, 15), (15, 20)]
-    >>> find_cuts(trace, offsets, answer="12", question="3*2*2?")
+    >>> trace, offsets = "3*2 =6\n6*2 =\n12. So\n", [(0, 3), (3, 7), (7, 10), (10, 13), (13, 15), (15, 20)]
+    >>> find_cuts(trace, offsets, "12", matches=str.__eq__)
     [2, 4]
     """
     ends = [end for _, end in offsets]  # the byte tokens of one character all carry its end: none is split
-    statement = _first_statement(trace, answer, question)
+    statement = first_statement(trace, answer, matches)
     limit = min(statement, len(trace.rstrip()) - 1)  # behind it, some text is left to the student
+    opening = re.match(r"\s*(?:<think>)?\s*", trace).end()
+    closed = [match.span() for match in _CLOSED.finditer(trace)]
+    starts = [start for start, _ in closed]
+    cuts = set()
     for separator in _SEPARATORS:
-        places = [match.end() for match in separator.finditer(trace) if match.end() <= limit]
-        cuts = sorted({bisect_right(ends, place) for place in places} - {0, len(ends)})
-        if cuts:
+        for place in (match.end() for match in separator.finditer(trace)):
+            before = bisect_left(starts, place) - 1  # the last closed span that begins before the place
+            if opening < place <= limit and (before < 0 or closed[before][1] <= place):
+                cuts.add(bisect_right(ends, place))
+        cuts -= {0, len(ends)}
+        if cuts and ends[max(cuts) - 1] >= 0.6 * limit:
             break
     if len(cuts) < max_episodes:
-        return cuts
+        return sorted(cuts)
     shares = [bisect_right(ends, statement) * k / max_episodes for k in range(1, max_episodes)]
-    return sorted({min(cuts, key=lambda cut: abs(cut - share)) for share in shares})
+    return sorted({min(sorted(cuts), key=lambda cut: abs(cut - share)) for share in shares})
 
 
-def _first_statement(trace, answer, question):
-    """Character position where the answer is first stated (see `find_cuts`); len(trace) if it never is."""
-    starts = _occurrences(answer, trace)
-    if _occurrences(answer, question):  # \Z in _CLAIM is `start`, where the search ends
-        starts = [start for start in starts if _CLAIM.search(trace, max(0, start - 30), start)]
-    starts += [match.start() for match in re.finditer(r"\\boxed|####", trace)]
-    return min(starts, default=len(trace))
+# What is said to be a value: it stands behind one of these, "about" and the like and decoration apart, ...
+_CLAIM = re.compile(
+    r"(?:=|≈|>>|→|⇒|->|=>|\\(?:to|approx|R?rightarrow|implies|equiv)(?![a-zA-Z])|['’]s\b|\b(?:is|are|was|were"
+    r"|be|been|being|becomes?|equals?|gives?|giving|gave|gets?|getting|got|makes?|making|yields?|yielding"
+    r"|leaves|leaving|finds?|found|returns?|total of|[Ss]o|[Tt]hus|[Hh]ence|[Tt]herefore)\b"
+    r"|\b(?:[Aa]nswer|[Rr]esult|[Tt]otal|[Ss]olution)(?:\W{0,4}:|(?=\s*(?:\$|\\[(\[]))))"
+    r"(?:,?\s+(?:to|about|around|exactly|precisely|just|simply|only|indeed|then|thus|therefore|still|actually"
+    r"|now|also|us|me|you|equal to|a total of|the number|the answer|it is|it['’]s|we get)\b){0,3}"
+    r"[\s$\\*_:({\[~€£]{0,20}(?<!\\)|\*\*(?=[^*\n]{1,80}\*\*)")
+_AGREED = re.compile(r"(?<![\w.,/-])(-?[\w$./\\{}]{1,40}) (?:it is|is (?:the|our|my|correct|right))\b")
+# ... up to one of these, if the expression does not go on and is no question.
+_VALUE_END = re.compile(
+    r"(?=[\s=≈;!?)\]}$*|<\"'’”%°€£]|\.(?![0-9])|[,:](?![0-9]|\\!)|/(?=[a-zA-Z])|\^\{?\\circ"
+    r"|(?<=[0-9])(?:[a-zA-Z]{2}|[gmLhs]\b)|\\(?:text|mathrm|q?quad|mbox|right|(?![a-zA-Z{])))|\Z")
+_GOES_ON = re.compile(
+    r"[ \t]*(?:[+×·÷^_<>≤≥]|\*(?!\*)|/(?![a-zA-Z])|[-−–](?!-|\s+[a-zA-Z]{2})|!\s*[-+*/×=)$\\a-z]|\(\w"
+    r"|\\(?:times|cdot|div|[dt]?frac|sqrt|pi|[lg]eq?|pm)(?![a-z]))|[$*\s)]{0,3}\?")
+# 1,000 and LaTeX's 1{,}000 and 1,\!000 are one number each.
+_NUMBER = r"[0-9]+(?:(?:,(?:\\!)?|\{,\})[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|\.[0-9]+"
+_QUANTITY = re.compile(rf"([+-]?)({_NUMBER})(?:/({_NUMBER}))?")
+_WORDS = dict(zip("two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+                  "sixteen seventeen eighteen nineteen twenty".split(), range(2, 21)))
+_POWERS = str.maketrans("²³", "23")
+_PLAIN = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"\\(?:text[a-z]*|mathrm|mathbf|mbox|operatorname|left|right|cdot|times|circ)(?![a-z])", ""),
+    (r"\\\\|\\[!,;: ]", ""), (r"√", "sqrt"), (r"π", "pi"), (r"∞", "infty"), (r"[−–]", "-"),
+    (r"\^?²", "^2"), (r"\^?³", "^3"), (r"\\sqrt\s*\{([^{}]*)\}", r"sqrt\1"),
+    (r"\\[dtc]?frac\s*(\{[^{}]*\}|[0-9])\s*(\{[^{}]*\}|[0-9a-z])", r"\1/\2"), (r"[\s$\\(){}\[\]*×·°%]", ""))]
 
 
-def _occurrences(answer, text):
-    """Where a text holds the answer: a number is found by its value, anything else letter by letter."""
-    gold = _GOLD_NUMBER.fullmatch(answer)
-    if gold is None:
-        words = r"\s*".join(re.escape(word) for word in answer.split())
-        return [match.start() for match in re.finditer(rf"(?<!\w){words}(?!\w)", text)]
-    value = float(re.sub("[^0-9.]", "", gold[1]))
-    return [m.start() for m in _NUMBER.finditer(text) if float(re.sub("[^0-9.]", "", m[0])) == value]
+def first_statement(trace, answer, matches):
+    """Character position in a trace behind which the answer is known; len(trace) if it never is.
+
+    That is the first box, "####" or "</think>", or the first value that is claimed ("= 5", "is about 1/2",
+    "gives **5**", "twelve it is") and is the answer: by `matches(value, answer)`, by its number, or written
+    in plain signs ("sqrt(2)/2"). "Step 5" claims nothing, nor does "is it 5?"; but a word, such as a name,
+    is never mentioned by chance. Linear in the trace.
+    """
+    ends = re.finditer(r"\\f?box|####|</think>|<answer>", trace)
+    word = re.fullmatch(r"\W*(?:text[a-z]*\W*)?([^\W\d_]{3,}(?: [^\W\d_]+)*)\W*", answer)
+    if word:
+        ends = itertools.chain(ends, re.finditer(rf"\b{word[1]}\b", trace, re.I))
+    end = min((match.start() for match in ends), default=len(trace))
+    is_answer = recogniser(answer, matches)
+    width = min(400, 3 * len(answer) + 60)
+    most = 5 + 2 * len(_VALUE_END.findall(answer))  # ends of a value that are tried
+    agreed = (match.start() for match in _AGREED.finditer(trace, 0, end) if is_answer(match[1]))
+    first = min(agreed, default=end)
+    for claim in _CLAIM.finditer(trace, 0, first):
+        begin = claim.end()
+        window = trace[begin:min(begin + width, end)].partition("\n\n")[0]
+        for match in itertools.islice(_VALUE_END.finditer(window), most):
+            given = window[:match.start()].rstrip()
+            rest = window[match.start():]
+            is_whole = rest.startswith("**") if claim[0] == "**" else not _GOES_ON.match(rest)
+            if is_whole and given and given[-1] not in "+-*/×·^" and is_answer(given):
+                return begin
+    return first
+
+
+def recogniser(answer, matches):
+    """A function from text to whether it is the answer (see `first_statement`), cheap where it is not."""
+    gold = _plain(answer)
+    value = _quantity(gold)
+    # Without its unit, too, whose power has a digit.
+    digits = [_digits(answer), _digits(re.split(r"\\(?:text|mbox|mathrm)", answer)[0])]
+
+    @functools.cache
+    def is_answer(text):
+        if value is None and _digits(text) not in digits:
+            return False
+        plain = _plain(text)
+        number = _quantity(plain)
+        if value is not None and number is not None:
+            return math.isclose(number, value, rel_tol=1e-9)
+        # Other orders of the same signs are for `matches` to judge, and names and units beside a number.
+        is_close = value is None and digits[0] or sorted(plain) == sorted(gold)
+        return plain == gold or is_close and matches(text, answer)
+    return is_answer
+
+
+def _digits(text):
+    return sorted(re.findall("[0-9]", text.translate(_POWERS)))
+
+
+def _plain(text):
+    """A formula in signs that LaTeX, ASCII and Unicode share, without brackets and blanks; words in small."""
+    for pattern, replacement in _PLAIN:
+        text = pattern.sub(replacement, text)
+    return text.lower() if len(text) > 1 else text  # an option A is no article
+
+
+def _quantity(plain):
+    """The number that plain text spells, "-1/2" or "twelve", or None."""
+    match = _QUANTITY.fullmatch(plain)
+    if match is None:
+        return _WORDS.get(plain)
+    top, bottom = (float(re.sub("[^0-9.]", "", part or "1")) for part in match.groups()[1:])
+    return (-top if match[1] == "-" else top) / bottom if bottom else None
+
+
+# ---------------------------------------------------------------- problems
 
 
 @dataclass(frozen=True)
@@ -226,95 +341,64 @@ class Problem:
     """One question, an expert's trace of its solution, and the answer that verifies it."""
     id: str
     prompt_ids: list[int]       # the rendered question
-    expert_ids: list[int]       # the whole trace, no eos inside
+    expert_ids: list[int]       # the whole trace, no eos inside; empty where there is none
     cuts: list[int]             # where in expert_ids an anchor may end, increasing; may be empty
     answer: str
     question: str | list[dict]  # messages, if it has a system message or several turns; for display and hints
     trace: str
+    level: str = ""             # how hard, where the data say so
+    number: int = 0             # its place in the data file
 
 
-def load_problems(path, tokenizer, max_episodes=10, max_tokens=None, system=None, log=None):
-    """Read a JSONL file (fields: top of this file) into a list of `Problem`s in file order.
+def make_problem(row, tokenizer, matches, max_episodes=10, system=None):
+    """A row (.id, .messages, .trace, .answer, .level, .number; data.Row) as a `Problem`.
 
-    `max_tokens`: rows whose prompt + trace are longer are skipped and counted, never cut. `system`: for rows
-    without one. `log`: called with a summary. ValueError names a bad line, or says that no row is left.
+    `matches`: see `find_cuts`. `system`: the system message of rows without one. ValueError, "reason:
+    detail", for a question that is none, text that spells a special token, a trace that holds a stop token.
     """
-    problems = []
-    for number, line in enumerate(_read(Path(path), bytes).removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        try:
-            if line.strip():
-                problems.append(_read_problem(line, number, tokenizer, max_episodes, system))
-        except (ValueError, RecursionError) as error:
-            reason = f"not JSON: {error.msg}" if isinstance(error, json.JSONDecodeError) else error
-            raise ValueError(f"{path}, line {number}: {reason}") from error
-    fitting = [problem for problem in problems
-               if max_tokens is None or len(problem.prompt_ids) + len(problem.expert_ids) <= max_tokens]
-    num_long = len(problems) - len(fitting)
-    summary = f"{path}: {len(fitting)} problems, {num_long} longer than {max_tokens} tokens skipped"
-    if not fitting:
-        raise ValueError(f"{summary}; one JSON object per line, short enough, is needed")
-    name, count = Counter(problem.id for problem in fitting).most_common(1)[0]
-    if count > 1:
-        raise ValueError(f"{path}: the id {name!r} occurs {count} times; give every row its own, or none")
-    if log:
-        counts = Counter(str(problem.question) for problem in fitting).values()
-        num_cuts = [len(problem.cuts) for problem in fitting]
-        log(f"{summary}; {sum(count > 1 for count in counts)} questions occur more than once; "
-            f"{sum(num_cuts) / len(fitting):.1f} cuts each, {num_cuts.count(0)} without a cut")
-    return fitting
-
-
-def _read_problem(line, number, tokenizer, max_episodes, system):
-    row = json.loads(line.decode("utf-8"))
-    if not isinstance(row, dict):
-        raise ValueError(f"a JSON {type(row).__name__}; one object per line is needed")
-    json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no character: ValueError
-    trace_field, trace = _field(row, "trace")
-    answer_field, answer = _field(row, "answer")
-    if trace is None and isinstance(answer, str) and "####" in answer:
-        trace = re.sub(r"<<[^<>\n]*>>", "", answer)  # GSM8K, with marks such as <<48/2=24>>
-    trace = _text(trace_field, trace[0] if isinstance(trace, list) and trace else trace).strip()
+    messages = _as_messages(row.messages, system)
+    trace = row.trace.strip()
     while endings := [token for token in tokenizer.special_texts if trace.endswith(token)]:
         trace = trace.removesuffix(endings[0]).rstrip()
+    # What the prompt says already: the beginning of a thought, or that there is none.
     if tokenizer.opens_thinking:
-        trace = trace.removeprefix("<think>\n")
-    tokenizer.refuse_special(trace, f"field {trace_field!r}")
-    if answer is None:
-        answer = trace if "####" in trace else _last_boxed(trace)
-    elif type(answer) in (int, float):
-        answer = str(int(answer) if answer % 1 == 0 else answer)  # 72.0 is 72
-    answer = _text(answer_field, answer).rpartition("####")[2].strip()
-    if answer.lower() in ("", "nan", "inf", "-inf"):
-        raise ValueError(f"field {answer_field!r} is {answer!r}; text or a finite number is needed")
-    question_field, question = _field(row, "question")
-    question = question if isinstance(question, list) else _text(question_field, question)
-    messages = _as_messages(question, _text("system", row["system"]) if row.get("system") else system)
-    asked = "\n".join(message["content"] for message in messages)
+        trace = re.sub(r"\A<think>\s*", "", trace)
+    elif tokenizer.closes_thinking:
+        trace = re.sub(r"\A<think>\s*</think>\s*", "", trace)
+    tokenizer.refuse_special(trace, "the trace")
     encoding = tokenizer.encoding(trace)
-    if not encoding.ids or not set(encoding.ids).isdisjoint(tokenizer.stop_token_ids):
-        raise ValueError(f"field {trace_field!r} is empty, or holds a stop token")
-    cuts = find_cuts(trace, encoding.offsets, answer, asked, max_episodes)
-    name = str(number if row.get("id") is None else row["id"])
-    question = messages if len(messages) > 1 else asked
-    return Problem(name, tokenizer.render(messages), encoding.ids, cuts, answer, question, trace)
+    if not set(encoding.ids).isdisjoint(tokenizer.stop_token_ids):
+        raise ValueError("the trace holds a stop token")
+    cuts = find_cuts(trace, encoding.offsets, row.answer, matches, max_episodes) if trace else []
+    question = messages if len(messages) > 1 else messages[0]["content"]
+    return Problem(row.id, tokenizer.render(messages), encoding.ids, cuts, row.answer, question, trace,
+                   row.level, row.number)
 
 
-def _field(row, name):
-    """(the alias under which a row has a field, its value); (our name, None) if it has none."""
-    found = [alias for alias in ALIASES[name] if row.get(alias) is not None]
-    return (found[0], row[found[0]]) if found else (name, None)
-
-
-def _text(field, value):
-    if not isinstance(value, str) or not value.strip():
-        names = " or ".join(ALIASES.get(field, (field,)))
-        raise ValueError(f"field {field!r} is {value!r:.40}; text is needed, under the name {names}")
-    return value
-
-
-def _last_boxed(text):
-    """What the last \\boxed{..} holds, up to its own closing brace; None if there is none."""
-    _, box, rest = text.rpartition("\\boxed{")
-    depths = accumulate((char == "{") - (char == "}") for char in rest)
-    ends = [end for end, depth in enumerate(depths) if depth < 0]
-    return rest[:ends[0]] if box and ends else None
+def reach_lines(problems, tokenizer, max_new_tokens):
+    """What a reader should know of traces before training: lengths, cuts in reach of --max-new-tokens (to
+    which an anchor counts), and whether traces and template agree about thinking. Lines of text."""
+    num = len(problems)
+    lengths = [len(problem.expert_ids) for problem in problems]
+    cuts = [cut for problem in problems for cut in problem.cuts]
+    near = sum(cut < max_new_tokens for cut in cuts)
+    num_without = sum(not problem.cuts for problem in problems)
+    reach = f"{near} of {len(cuts)} cuts are in reach of --max-new-tokens {max_new_tokens}"
+    # Behind the last cut an answer may be as long as what is left of the trace.
+    all_reached = f"--max-new-tokens {max(lengths)} reaches all"
+    lines = [f"traces of {min(lengths)} to {max(lengths)} tokens (median {statistics.median(lengths):.0f}), "
+             f"{len(cuts) / num:.1f} cuts each, {num_without} without a cut; {reach}"]
+    if near < len(cuts):
+        lines[0] += f"; {all_reached}"
+    if not cuts:
+        lines.append("\n!!! WARNING: no trace has a place for an anchor: BREAD is GRPO here\n")
+    elif 2 * near < len(cuts):
+        lines.append(f"\n!!! WARNING: only {reach}; without anchors BREAD is GRPO: {all_reached}\n")
+    num_thinking = sum("</think>" in problem.trace for problem in problems)
+    if tokenizer.thinks and 2 * num_thinking < num:
+        lines.append(f"warning: the template lets the model think, {num - num_thinking} of {num} traces do "
+                     "not; where it knows the argument: --template-args '{\"enable_thinking\": false}'")
+    elif not tokenizer.thinks and 2 * num_thinking > num:
+        lines.append(f"warning: {num_thinking} of {num} traces think (<think>), the template does not: the "
+                     "model has to learn that, too")
+    return lines

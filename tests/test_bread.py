@@ -49,7 +49,7 @@ def make(data):
         defaults = dict(model=f"{CHAIN / 'model'}", data=f"{data / 'train.jsonl'}", device="cpu",
                         group_size=G, problems_per_step=3, max_new_tokens=72)
         policy = Paid(Config(**defaults | fields), successes)
-        return policy, policy.read(policy.config.data, print)
+        return policy, policy.read(bread.bread, print)[0]
     return policy_and_problems
 
 
@@ -174,8 +174,11 @@ def test_all_searches_run_in_lockstep_and_each_trace_is_prefilled_once(make):
         own = [probe for probe in policy.probes if probe["id"] == problem.id]
         assert 2 <= len(own) <= 3 and policy.shown[problem.id] == max(probe["cut"] for probe in own)
         for probe in own:
-            assert probe == {"step": 7, "id": problem.id, "cut": probe["cut"], "of": len(problem.expert_ids),
-                             "successes": policy.successes(problem, probe["cut"]), "rollouts": G}
+            length = len(problem.expert_ids)
+            assert probe == {"step": 7, "id": problem.id, "cut": probe["cut"], "of": length,
+                             "share": probe["cut"] / length, "rollouts": G,
+                             "successes": policy.successes(problem, probe["cut"]),
+                             "accepted": bool(group) and probe["cut"] == group[0].cut}
         alone = bread.search_anchors(policy, [problem], 6)[problem.id]
         assert (group is None) == (alone is None) == (problem.id not in first)
         if group:

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, read_lines
+from data import read_data
 from model import Transformer
-from rewards import math_reward
+from rewards import answers_match, math_reward
 from sampler import SamplingParams, generate
-from traces import Tokenizer, load_problems
+from traces import Tokenizer, make_problem
 
 EXAMPLES = ROOT / "examples"
 LINES = {"chain": "a +5 b x3 = 93\nl x10 = 7\n#### 7", "walk": "a b 12> 31 X> B\nl 26> 17 Q> K #### 17 K"}
@@ -29,6 +30,10 @@ both_tasks = pytest.mark.parametrize("name", list(LINES))
 @functools.cache
 def base(name):
     return [kind.from_pretrained(EXAMPLES / name / "model") for kind in (Transformer, Tokenizer)]
+
+
+def problems_of(name, file):
+    return read_data(EXAMPLES / name / file, lambda row: make_problem(row, base(name)[1], answers_match))
 
 
 def answer(question):
@@ -71,7 +76,7 @@ def test_every_expert_is_right_and_no_anchor_comes_near_the_answer(name):
         steps, last = re.split(r"\s####\s", row["trace"])
         assert [line.split()[0] for line in steps.splitlines()] == list("acegik") and last == value
         assert all(len(line.split()) == 6 for line in steps.splitlines())
-    problems = load_problems(EXAMPLES / name / "train.jsonl", base(name)[1])
+    problems = problems_of(name, "train.jsonl")
     for problem in problems:
         for number, cut in enumerate(problem.cuts, 1):
             assert base(name)[1].decode(problem.expert_ids[:cut]).count("\n") == number <= 5
@@ -99,9 +104,9 @@ def successes(name, problems, num_cuts, temperature, samples):
 @both_tasks
 def test_the_base_fails_alone_and_succeeds_behind_the_last_cut(name):
     """Of 200 greedy and 400 sampled answers, where luck is 1 in 97 at most; the folder has at most 2 MB."""
-    held_out = load_problems(EXAMPLES / name / "heldout.jsonl", base(name)[1])
+    held_out = problems_of(name, "heldout.jsonl")
     assert successes(name, held_out, 0, 0.0, 1) <= 5 and successes(name, held_out, 0, 1.0, 2) <= 10
-    problems = load_problems(EXAMPLES / name / "train.jsonl", base(name)[1])[:64]
+    problems = problems_of(name, "train.jsonl")[:64]
     problems = [problem for problem in problems if len(problem.cuts) == 5]
     assert successes(name, problems, 5, 1.0, 8) > 0.05 * 8 * len(problems)  # two steps from the end
     assert sum(file.stat().st_size for file in (EXAMPLES / name / "model").iterdir()) <= 2_000_000

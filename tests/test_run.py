@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 import bread
+import evaluation
 import report
 from bread import State
 from config import Config, parse_args
@@ -248,7 +249,7 @@ def test_resume_and_output_refuse_another_run_and_touch_nothing(flags, data, tmp
     ("--model", ["--model ''"]),
     ("--group-size", ["--group-size 1", "--group-size eight"]),
     ("12 usable problems", ["--problems-per-step 13"]),
-    ("lower --max-new-tokens to", ["--max-new-tokens 500"]),
+    ("lower --max-new-tokens to 249", ["--max-new-tokens 500"]),
     ("--method", ["--method ppo"]),
     ("no function 'name'", ["--method empty.py:name"]),
     ("a:b.py cannot be run: ZeroDivisionError", ["--method a:b.py:name"]),
@@ -305,13 +306,88 @@ def test_every_field_is_a_flag_with_a_reason_and_may_come_from_a_file(tmp_path, 
     assert re.fullmatch(r"runs/bread-\d{8}-\d{6}", config.output)
 
 
-def test_eval_measures_a_model_and_writes_nothing(flags, tmp_path, capsys):
-    """--eval prints one line with greedy and sampled accuracy, --eval-samples answers a problem."""
-    assert bread.main(flags(tmp_path / "run", "--eval --eval-samples 8")) == 0
-    words = r"3 problems, no anchors: greedy ([\d.]+)%, sampled ([\d.]+)%"
-    greedy, sampled = map(float, re.search(words, capsys.readouterr().out).groups())
-    assert greedy in (0.0, 33.3, 66.7, 100.0)
-    assert 0 < sampled < 100 and not (tmp_path / "run").exists()
+def test_eval_writes_every_answer_and_what_they_amount_to(flags, data, tmp_path, capsys):
+    """eval.jsonl has each problem with its greedy and its sampled answers, from which eval.json follows;
+    --write-hard keeps the rows, as they were, that no sample solved. A second time replaces all."""
+    hard = tmp_path / "hard.jsonl"
+    for seed in (1, 0):
+        more = f"--eval --eval-samples 6 --write-hard {hard} --seed {seed}"
+        assert bread.main(flags(tmp_path / "run", more)) == 0
+    rows = read_lines(tmp_path / "run" / "eval.jsonl")
+    summary = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert [len(row["samples"]) for row in rows] == [6] * 3 and summary["options"]["seed"] == 0
+    for row in rows:
+        for answer in (row["greedy"], *row["samples"]):
+            assert answer["reward"] == bread.math_reward(answer["completion"], row["answer"])
+    rates = [sum(sample["reward"] for sample in row["samples"]) / 6 for row in rows]
+    assert summary["accuracy"] == summary["pass@1"] == pytest.approx(sum(rates) / 3) and 0 < sum(rates) < 3
+    assert summary["pass@6"] == pytest.approx(sum(rate > 0 for rate in rates) / 3)
+    originals = read_lines(data / "heldout.jsonl")
+    assert read_lines(hard) == [row for row, rate in zip(originals, rates) if rate == 0] != []
+    out = capsys.readouterr().out
+    assert f"6 sampled   {summary['accuracy']:>7.1%}   95% interval" in out and "pass@k      1:" in out
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["eval.json", "eval.jsonl"]
+
+
+def test_what_answers_amount_to():
+    """By hand: two problems of two levels; pass@k without repetition; Wilson's interval as in its paper's
+    successors (10 of 100: 5.5% to 17.4%)."""
+    def made(reward, finish_reason="stop", answer="7"):
+        return {"reward": reward, "finish_reason": finish_reason, "answer": answer, "tokens": 4}
+    rows = [{"level": "1", "greedy": made(1.0), "samples": [made(1.0), made(0.0), made(0.0, "length", None)]},
+            {"level": "5", "greedy": made(0.0), "samples": [made(0.0)] * 3}]
+    found = evaluation.summarise(rows)
+    expected = {"problems": 2, "samples": 3, "greedy": 0.5, "accuracy": 1 / 6, "pass@1": 1 / 6,
+                "pass@2": 1 / 3, "pass@3": 1 / 2, "cut_off": 1 / 6, "without_answer": 1 / 6, "mean_tokens": 4}
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert found["levels"]["1"] == pytest.approx({"problems": 1, "greedy": 1.0, "accuracy": 1 / 3})
+    assert evaluation.wilson(10, 100) == pytest.approx([0.0552, 0.1744], abs=1e-4)
+    assert evaluation.wilson(0, 10)[0] == pytest.approx(0.0, abs=1e-12)
+
+
+REWARD = """
+calls = []
+def graded(completion, answer, problem):
+    calls.append(problem.id)
+    if len(calls) == 30:
+        {action}
+    return None if len(calls) % 3 == 0 else 0.5 * (answer in completion)
+"""
+
+
+def test_a_users_reward_is_heard(flags, tmp_path):
+    """Numbers, and None, which is left out of its group and counted; a gold answer that only it can judge."""
+    (tmp_path / "own.py").write_text(REWARD.format(action="pass"))
+    more = f"--reward {tmp_path / 'own.py'}:graded --method grpo --steps 1 --eval-data '' --group-size 6"
+    assert bread.main(flags(tmp_path / "run", more)) == 0
+    row, = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert row["rewards/none"] == 6 and 0 <= row["reward/train"] <= 0.5
+    samples = read_lines(tmp_path / "run" / "samples.jsonl")
+    assert len(samples) == 4 and {sample["reward"] for sample in samples} <= {0.0, 0.5}
+
+
+@pytest.mark.parametrize("action, words", [
+    ("raise KeyError('x')", "KeyError"), ("return 'good'", "it returned 'good'"), ("return math.nan", "nan")])
+def test_a_reward_that_fails_ends_the_run_and_leaves_its_completion(flags, tmp_path, capsys, action, words):
+    """One line, exit code 1; the completion is in a file; what was trained before is saved."""
+    (tmp_path / "own.py").write_text("import math\n" + REWARD.format(action=action))
+    more = f"--reward {tmp_path / 'own.py'}:graded --method grpo --steps 9 --eval-data '' --group-size 6"
+    assert bread.main(flags(tmp_path / "run", more)) == 1
+    line = one_line(capsys, "bread.py: --reward")
+    path = tmp_path / "run" / "reward_failed.json"
+    assert words in line and str(path) in line
+    assert json.loads(path.read_text()).keys() == {"id", "answer", "completion"}
+    assert (tmp_path / "run" / "checkpoint-1").is_dir()
+
+
+def test_the_library_for_rewards(flags, tmp_path):
+    """math_verify, where it is installed, on what ours reads alike."""
+    pytest.importorskip("math_verify")
+    for completion, answer, expected in (("So \\boxed{\\frac{1}{2}}.", "0.5", 1.0), ("\\boxed{3}", "4", 0.0),
+                                         ("<think>\\boxed{4}", "4", 0.0)):
+        assert bread.REWARDS["math_verify"](completion, answer, None) == expected
+    more = f"--reward math_verify --steps 1 --eval-data '' --group-size {G}"
+    assert bread.main(flags(tmp_path / "run", more)) == 0
 
 
 def test_a_methods_file_gets_the_running_module_also_from_the_program(flags, tmp_path):
@@ -368,9 +444,9 @@ def test_a_step_is_one_line(method, changes, expected):
 
 
 def test_samples_and_the_closing_table(capsys):
-    """A sample keeps anchor and completion apart. The table compares before with after and gives the command
-    for GRPO at the same number of sampled tokens. Only rank 0 speaks."""
-    config = Config(model="m", data="d")
+    """A sample keeps anchor and completion apart. The table compares before with after and gives the whole
+    command for GRPO at the same number of sampled tokens. Only rank 0 speaks."""
+    config = Config(model="m", data="d", output="o", lr=3e-4, system="a b")
     log = report.Log(config, speaks=False)
     log.decode = lambda ids: " ".join(map(str, ids))
     row = log.sample(3, rollout(1.0, 1.5, cut=2))
@@ -382,7 +458,8 @@ def test_samples_and_the_closing_table(capsys):
         report.Log(config, speaks).closing(None, state, is_example)
     plain, example = capsys.readouterr().out.split("held out, no anchors")[1:]
     assert re.search(r"greedy +10.0% +50.0%\n +sampled +5.0% +40.0%\ntokens sampled +800 +\(25%", plain)
-    assert "--model m --data d [the same flags] --method grpo --steps 100000 --token-budget 800" in plain
+    assert ("python bread.py --model m --data d --lr 0.0003 --system 'a b' --method grpo --steps 100000 "
+            "--token-budget 800 --output o-grpo") in plain
     assert "python bread.py --method grpo" in example
 
 

@@ -6,14 +6,16 @@ import pytest
 from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers, processors, trainers
 
 from conftest import ROOT
-from traces import ALIASES, HINT, Tokenizer, find_cuts, load_problems
+from data import Row
+from rewards import answers_match, math_reward
+from traces import HINT, Tokenizer, find_cuts, first_statement, make_problem, reach_lines
 
 DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the public test data is not here")
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "<|im_start|>assistant\n")
 TRACE = "There are 2 bags.\n\nSo 2*6 = 12 apples."
-ROW = {"question": "Two bags hold 6 apples each. How many?", "trace": TRACE, "answer": "12"}
+ASKED = "Two bags hold 6 apples each. How many?"
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +35,7 @@ def backend_json():
 @pytest.fixture
 def make(tmp_path, backend_json):
     """Writes a tokenizer folder and reads it; keyword arguments are fields of tokenizer_config.json."""
-    def write_and_read(files=None, **config):
+    def write_and_read(files=None, template_args=None, **config):
         path = tmp_path / "model"
         path.mkdir(exist_ok=True)
         config = {"eos_token": "<|im_end|>", "chat_template": CHATML} | config
@@ -41,7 +43,7 @@ def make(tmp_path, backend_json):
         for name, content in files.items():
             text = content if isinstance(content, str) else json.dumps(content)
             (path / name).write_text(text, encoding="utf-8")
-        return Tokenizer.from_pretrained(path)
+        return Tokenizer.from_pretrained(path, template_args)
     return write_and_read
 
 
@@ -51,14 +53,13 @@ def tokenizer(make):
 
 
 @pytest.fixture
-def load(tmp_path, tokenizer):
-    """Writes lines (objects, text or bytes) to a file and loads it."""
-    def write_and_load(*lines, newline=b"\n", tokenizer=tokenizer, **options):
-        texts = [line if isinstance(line, (str, bytes)) else json.dumps(line) for line in lines]
-        encoded = [text.encode() if isinstance(text, str) else text for text in texts]
-        (tmp_path / "data.jsonl").write_bytes(newline.join(encoded))
-        return load_problems(tmp_path / "data.jsonl", tokenizer, **options)
-    return write_and_load
+def problem_of(tokenizer):
+    """make_problem of a row with this trace; keyword arguments replace its other fields."""
+    def make_one(trace=TRACE, tokenizer=tokenizer, system=None, **fields):
+        row = {"number": 3, "id": "a", "messages": [{"role": "user", "content": ASKED}], "answer": "12",
+               "level": "2"} | fields
+        return make_problem(Row(trace=trace, **row), tokenizer, answers_match, system=system)
+    return make_one
 
 
 def prompt(tokenizer, *question, **options):
@@ -66,17 +67,15 @@ def prompt(tokenizer, *question, **options):
     return tokenizer.decode(tokenizer.render(*question, **options), skip_special_tokens=False)
 
 
-def cuts_of(text, answer="zzz", question="", **options):
+def cuts_of(text, answer="zzz", **options):
     """Cuts of a trace with one token per character, so that positions are characters."""
-    return find_cuts(text, [(i, i + 1) for i in range(len(text))], answer, question, **options)
+    return find_cuts(text, [(i, i + 1) for i in range(len(text))], answer, answers_match, **options)
 
 
-def test_missing_or_broken_files_are_named(tmp_path, make, tokenizer):
-    """Each file of a tokenizer folder, and the data: a ValueError with the file's name."""
+def test_missing_or_broken_files_are_named(tmp_path, make):
+    """Each file of a tokenizer folder: a ValueError with the file's name."""
     with pytest.raises(ValueError, match="none/tokenizer.json cannot be read.*No such file"):
         Tokenizer.from_pretrained(tmp_path / "none")
-    with pytest.raises(ValueError, match="none.jsonl cannot be read.*No such file"):
-        load_problems(tmp_path / "none.jsonl", tokenizer)
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"):
         with pytest.raises(ValueError, match=re.escape(f"/{name} cannot be read")):
             make({name: "version https://git-lfs.github.com/spec/v1"})
@@ -90,9 +89,10 @@ def test_stop_ids_are_the_union_of_all_files(make, backend_json):
     added = {"__type": "AddedToken", "content": "<|im_end|>"}
     tokenizer = make({"generation_config.json": {"eos_token_id": None}, "config.json": {}}, eos_token=added)
     assert tokenizer.stop_token_ids == (own,)
-    assert make({"generation_config.json": {"eos_token_id": [5, 3]}}, eos_token=None).eos_id == 3
+    bare = {"eos_token": None, "chat_template": None}
+    assert make({"generation_config.json": {"eos_token_id": [5, 3]}}, **bare).eos_id == 3
     with pytest.raises(ValueError, match="rollouts would never end"):
-        make({"generation_config.json": {}}, eos_token=None)
+        make({"generation_config.json": {}}, **bare)
 
 
 def test_encode_gives_the_whole_text_as_plain_tokens(make, backend_json):
@@ -117,19 +117,19 @@ def test_published_tokenizers_end_turns_keep_text_plain_and_cut_between_tokens(n
     text = "x".join(["", *tokenizer.special_texts, ""])
     assert tokenizer.decode(tokenizer.encode(text)) == text
     trace = "Lily had 3 水。She got more.\n\nThen \"yes\". So 7."
-    cut, = find_cuts(trace, tokenizer.encoding(trace).offsets, "7", "Why?")
+    cut, = find_cuts(trace, tokenizer.encoding(trace).offsets, "7", answers_match)
     assert tokenizer.decode(tokenizer.encode(trace)[:cut]) == "Lily had 3 水。She got more.\n\n"
 
 
 SYSTEM = "<|im_start|>system\n{}<|im_end|>\n"
-ASKED = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+WHY = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
 LLAMA = "<|start_header_id|>{}<|end_header_id|>\n\n"
 LLAMA_ASKED = LLAMA.format("user") + "Why?<|eot_id|>" + LLAMA.format("assistant")
 LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>"
 EXPECTED = {
-    "qwen2_5": SYSTEM.format("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.") + ASKED,
-    "qwen3": ASKED,
-    "smollm2": SYSTEM.format("You are a helpful AI assistant named SmolLM, trained by Hugging Face") + ASKED,
+    "qwen2_5": SYSTEM.format("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.") + WHY,
+    "qwen3": WHY,
+    "smollm2": SYSTEM.format("You are a helpful AI assistant named SmolLM, trained by Hugging Face") + WHY,
     "tinyllama": "<|user|>\nWhy?</s>\n<|assistant|>\n",
     "llama3": "<s>" + LLAMA_ASKED,
     "llama3_1": "<s>" + LLAMA.format("system") + LLAMA_DATES + LLAMA_ASKED,
@@ -175,13 +175,13 @@ def test_broken_and_hostile_templates_are_refused(make, template, words):
 
 
 @pytest.mark.parametrize("marker", ["<|im_end|>", "<|im_start|>", "<|endoftext|>"])
-def test_data_cannot_forge_turns(make, tokenizer, load, marker):
+def test_data_cannot_forge_turns(make, tokenizer, problem_of, marker):
     """Text that spells a special token, or whatever ends a turn, is refused by its name."""
     for field in ("question", "hint", "system"):
         with pytest.raises(ValueError, match=re.escape(marker)):
             tokenizer.render(**{"question": "a"} | {field: marker})
-    with pytest.raises(ValueError, match="line 1.*'trace'.*" + re.escape(marker)):
-        load(ROW | {"trace": f"a{marker}b"})
+    with pytest.raises(ValueError, match="the trace spells a special token, .*" + re.escape(marker)):
+        problem_of(f"a{marker}b")
     with pytest.raises(ValueError, match="<think>"):
         make(eos_token="<think>").render("a<think>b")
 
@@ -208,13 +208,64 @@ def test_hint_stands_below_the_question(tokenizer):
     assert tokenizer.render("Why?", system="Be brief.") == tokenizer.render(messages, system="Be long.")
 
 
+@needs_data
+def test_base_models_stop_where_their_template_ends_a_turn(tmp_path, make, backend_json):
+    """A folder whose template writes <|im_end|> while its eos is <|endoftext|>: both end a completion, the
+    first one an expert's trace. A template without a special token there, or for questions only: none."""
+    base = DATA / "cases" / "base_eos_folder"
+    files = {path.name: path.read_text() for path in base.iterdir()} | {"tokenizer.json": backend_json}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    backend = Backend.from_str(backend_json)
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.eos_id == backend.token_to_id("<|im_end|>")
+    ends = [backend.token_to_id("<|endoftext|>"), tokenizer.eos_id]
+    assert set(tokenizer.stop_token_ids) == {0, *ends}
+    plain = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    for refusal in ("", "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}"):
+        tokenizer = make(eos_token="<|endoftext|>", chat_template=plain + refusal)
+        assert tokenizer.stop_token_ids == (ends[0],) and tokenizer.eos_id == ends[0]
+
+
+@needs_data
+def test_template_arguments_and_what_a_prompt_says_of_thinking(make):
+    """Qwen3's template with and without enable_thinking, as transformers 5.24 renders it."""
+    files = {"chat_template.jinja": (DATA / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")}
+    tokenizer = make(files)
+    assert prompt(tokenizer, "Why?") == WHY
+    assert (tokenizer.thinks, tokenizer.opens_thinking, tokenizer.closes_thinking) == (True, False, False)
+    tokenizer = make(files, template_args={"enable_thinking": False})
+    assert prompt(tokenizer, "Why?") == WHY + "<think>\n\n</think>\n\n"
+    assert (tokenizer.thinks, tokenizer.opens_thinking, tokenizer.closes_thinking) == (False, False, True)
+
+
+@pytest.mark.slow
+@needs_data
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "smollm2", "llama3_1", "deepseek_r1_distill"])
+@pytest.mark.parametrize("arguments", [{}, {"enable_thinking": False}, {"date_string": "1 Jan 2030"}])
+def test_rendering_equals_that_of_transformers(make, tmp_path, name, arguments):
+    """The same text for the same arguments."""
+    transformers = pytest.importorskip("transformers")
+    template = (DATA / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    tokenizer = make({"chat_template.jinja": template}, template_args=arguments, bos_token="<|endoftext|>")
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "model" / "tokenizer.json"), eos_token="<|im_end|>",
+        bos_token="<|endoftext|>", chat_template=template)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    defaults = {"date_string": "26 Jul 2024"} | arguments
+    assert tokenizer.render(messages) == theirs.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False, **defaults)
+
+
 @pytest.mark.parametrize("trace, answer, cuts", [
     # blank lines before line ends before sentence ends
     ("a. b\nc\n\nd\n \ne", "-", [8, 12]), ("a\r\n\r\nb\r\n\r\nc", "-", [5, 10]),
-    ("a. b\nc\nd", "-", [5, 7]), ("Go. (Why?) No! 3.5 is ok.", "-", [4, 11, 15]),
+    ("a. b\nc\nd", "-", [5, 7]), ("Go. (Why?) No! Well, 3.5 is ok.", "-", [4, 11, 15]),
     ("水。火。木", "-", [2, 4]), ("a b c", "-", []),
     # the next finer one where every coarser lies behind the answer
-    ("a. b\nc\n\nthe 7", "7", [8]), ("a. b\nthe 7\n\nd", "7", [5]), ("a. the 7\n\nd", "7", [3]),
+    ("a. b\nc\n\nso 7", "7", [8]), ("a. b\nso 7\n\nd", "7", [5]), ("a. so 7\n\nd", "7", [3]),
+    # and where the coarser end too early: 60% of the way
+    ("a\n\nb and c\nd\nend", "-", [3, 11, 13]), ("ab\ncd\n\nend", "-", [7]),
     # never 0 and never the whole trace, also where separators end it
     ("a\n\nb\n\nc", "-", [3, 6]), ("a\n\nb\n\n", "-", [3]), ("a\n\n", "-", []), ("", "-", [])])
 def test_the_coarsest_usable_separator_wins(trace, answer, cuts):
@@ -237,34 +288,96 @@ def test_many_episodes_merge_to_nearly_equal_lengths():
     assert cuts_of(lines, max_episodes=2) == [100] and cuts_of(lines, max_episodes=1) == []
     uneven = "a\n" * 10 + "b" * 38 + "\n" + "c" * 40 + "\nd"  # ten short lines, then two of 39 and 41 tokens
     assert cuts_of(uneven, max_episodes=4) == [20, 59] and len(cuts_of(uneven, max_episodes=20)) == 12
-    assert cuts_of("a\n" * 50 + "7\n" + "b\n" * 50, answer="7", max_episodes=5) == [20, 40, 60, 80]
+    assert cuts_of("a\n" * 50 + "=7\n" + "b\n" * 50, answer="7", max_episodes=5) == [20, 40, 60, 80]
 
 
-STATED = [
-    ("the 72 is", "72"), ("72.", "72"), ("$72,", "72"), ("72.00", "72"), ("x=72cm", "72"), ("1,000", "1000"),
-    ("1000", "1,000"), ("1{,}000", "1000"), (r"1,\!000", "1000"), ("0.6", ".6"), ("-6", "-6"), ("10-6", "-6"),
-    ("$18", "$18.00"), ("25%", r"25\%"), (r"\frac{3}{4}", r"\frac{3}{4}"), ("so (3, 4)", "(3,  4)"),
-    ("Evelyn", "Evelyn"), ("yes, 9" + "9" * 400, "9" * 400), (r"\boxed{\frac12}", "1/2"), ("#### 11", "12"),
-    ("3+2 = 5", "5"), ("3+2=$5", "5"), ("<<3+2>>5", "5"), ("that is 5", "5"), ("it is **5**", "5"),
-    (r"it is $\$5$", "5")]
-NOT_STATED = [
-    ("172", "72"), ("72.5", "72"), ("7,200", "200"), ("7,200", "72"), ("720", "72"), ("1,000", "1"),
-    ("0.6", "6"), ("Evelyns", "Evelyn"), ("we have 5", "5"), ("5+3", "5"), ("this 5", "5"), ("= 5.5", "5")]
+CLAIMS = [  # of "12": each of these words, decoration, words between
+    "= 12", "=$12$", "<<6+6>>12", "is 12", "would be **12**", "equals 12.", "gives $\\{12\\}$", "get 12,",
+    "-> 12", "it's 12", "so it is just about 12", "gives us 12 apples", "becomes \\(12\\)", "Answer: 12",
+    "**12**", "So 12.",
+    "leaves exactly 12;", "= 12cm", "= 12€", "= $12/month", "twelve it is", "that is twelve legs", "= 12.00",
+    "= \\frac{24}{2}", "= 24/2", "the answer $12$", "is \\[12\\]", "is 12 - good",
+    "=12=3\\cdot4", "\\boxed{12}", "#### 11"]
+MENTIONS = ["Step 12: add", "12 of them", "is 12 + 1", "= 12 * 3", "is 12.5", "= 1,012", "= 121", "is it 12?",
+            "I'd guess 12", "= 12! ways", "= -12", "**12. Add**", "this 12", "= 12\\sqrt{2}", "= 12/5",
+            "is 12^2"]
+SPELLINGS = [
+    (r"\frac{3}{2}", ["3/2", "1.5", r"\dfrac32", r"\tfrac{3}{2}"]),
+    (r"\sqrt{2}", ["√2", "sqrt(2)", r"\sqrt2"]), ("1,000", ["1000", r"1{,}000", r"1,\!000"]),
+    (r"\left( 3, \frac{\pi}{2} \right)", ["(3, π/2)", "(3, pi/2)", r"(3,\frac{\pi}{2})"]),
+    (r"\{1, 2\}", ["{2, 1}", "1, 2"]), ("x^2+1", ["x² + 1", "1 + x^2"]), ("-5", ["-5", "−5"]),
+    (r"5 \text{ m}", ["5 m", "5"]), ("x=5", ["5"]), (r"\frac{3\sqrt{13}}{2}", ["3√13/2"]),
+    ("A", ["(A)", "A"]), (r"25\%", ["25%", "25"]), (r"864 \mbox{ inches}^2", ["864 inches²", "864"])]
 
 
-@pytest.mark.parametrize("line, answer, is_stated", [
-    *((*case, True) for case in STATED), *((*case, False) for case in NOT_STATED)])
-def test_an_anchor_ends_before_the_first_statement_of_the_answer(line, answer, is_stated):
-    """It is recognised as a whole; where the question holds the number, only behind "=", ">>" or "is"."""
-    cuts = cuts_of(f"start\n{line}\nnext\nend", answer, question="Of 5.0 bags?")
-    assert cuts == ([6] if is_stated else [6, 7 + len(line), 12 + len(line)])
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_no_anchor_lies_behind_a_claimed_answer(claim):
+    """Whatever claims it, and whatever else the question holds."""
+    assert cuts_of(f"start\n{claim}\nnext\nend", "12") == [6]
+
+
+@pytest.mark.parametrize("mention", MENTIONS)
+def test_a_mention_ends_nothing(mention):
+    """A number that nobody claims to be the answer, a part of another one, a question, a guess."""
+    assert len(cuts_of(f"start\n{mention}\nnext\nend", "12")) == 3
+
+
+@pytest.mark.parametrize("answer, given", [(answer, given) for answer, all in SPELLINGS for given in all])
+def test_a_claim_is_recognised_in_any_spelling(answer, given):
+    """All that answers_match accepts, and plain notation for LaTeX's; not a word more: "a vowel" is no A."""
+    assert cuts_of(f"start\nThis is {given}.\nnext\nend", answer) == [6]
+    assert len(cuts_of("start\nThis is a vowel, 7 of 9.\nnext\nend", answer)) == 3
+
+
+def test_thinking_is_cut_inside_only():
+    """Never behind </think>, nor so that an anchor shows "<think>" alone; a name's first mention counts."""
+    assert cuts_of("<think>\n\nhm\n\nso\n</think>\n\nwell\n\nthen", "7") == [13]
+    assert cuts_of("<think>\n\nhm\n</think>\n\nwell\n\nthen", "7") == [12]
+    assert cuts_of("One.\n\nEvelyn ran.\n\nLess.\n\nYes", r"\text{Evelyn}") == [6]
+
+
+@pytest.mark.parametrize("closed", [
+    "$x.\ny$", "$$a\n\nb$$", "\\[ a. b\n\nc \\]", "\\( a.\nb \\)", "\\begin{align*}a\n\nb\n\\end{align*}",
+    "[asy]\ndraw. x;\n\ndot;\n[/asy]", "```\na\n\nb\n```", "$3! \\times 5!$ is", "3! x"])
+def test_nobody_pauses_inside(closed):
+    """Formulas, environments, drawings, code; "3!" ends no sentence."""
+    text = f"one. {closed} two. end"
+    assert set(cuts_of(text)) <= {5, len(text) - 3}
+
+
+def test_dollars_of_money_are_no_formula():
+    """By Pandoc's rule."""
+    assert cuts_of("He has $5. She has $10. All is $15. ok", "15") == [11, 24]
+
+
+def test_finding_cuts_is_bounded():
+    """40,000 claims, 100,000 brackets, dollars or backslashes: well under a minute, not hours."""
+    for piece in ("x = 1/2 + y, so ", "\\(", "$a ", "**", "= \\frac{", "(" * 20, "1,"):
+        assert cuts_of(piece * (200_000 // len(piece)), r"\frac{1}{3}") == []
+
+
+@needs_data
+def test_published_cases_of_cuts_and_leaks():
+    """The cases on which anchors once told the answer, or ended inside a drawing."""
+    for name in ("leak_spellings", "gsm8k_equals", "cut_places"):
+        for line in (DATA / "cases" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            trace = row.get("trace") or row.get("solution") or row["answer"]
+            gold = row["answer"].rpartition("#### ")[2]
+            statement = first_statement(trace, gold, answers_match)
+            assert statement < len(trace) and "</think>" not in trace[:statement]
+            for cut in cuts_of(trace, gold):
+                anchor = trace[:cut]
+                assert cut <= statement and anchor.strip() != "<think>" and not math_reward(anchor, gold)
+                assert anchor.count("[asy]") == anchor.count("[/asy]") and anchor.count("$") % 2 == 0
+                assert anchor.count("\\begin") == anchor.count("\\end") and not anchor.endswith("3! ")
 
 
 @pytest.mark.parametrize("trace", ["  There are 2.\n\nSo\n\n\n6", "水は水です。\n\n答えは\n\n7", "é\n\nü",
                                    "a \\(\n\n\\frac{1}{2}\\)\n\nb", "a. b"])
-def test_anchor_is_a_prefix_of_the_traces_own_ids(load, tokenizer, trace):
+def test_anchor_is_a_prefix_of_the_traces_own_ids(problem_of, tokenizer, trace):
     """expert_ids is the trace tokenised once and whole, with merged newlines, multi-byte text and LaTeX."""
-    problem, = load({"question": "Why?", "trace": trace, "answer": "none"})
+    problem = problem_of(trace, answer="zzz")
     assert problem.expert_ids == tokenizer.encode(trace.strip()) and problem.cuts
     assert tokenizer.decode(problem.expert_ids) == problem.trace == trace.strip()
     for cut in problem.cuts:
@@ -272,53 +385,37 @@ def test_anchor_is_a_prefix_of_the_traces_own_ids(load, tokenizer, trace):
         assert problem.trace.startswith(anchor) and "�" not in anchor
 
 
-def test_a_trace_fits_the_prompt_and_the_stop_ids(load, make):
-    """A leading "<think>\\n" goes if the prompt ends with it; a stop id, even of plain text, is refused."""
-    thought = ROW | {"trace": "<think>\nhm\n</think>\n\n12"}
+@pytest.mark.parametrize("white", ["\n", " ", "", "\n\n", " \r\n"])
+def test_a_leading_think_is_written_once(problem_of, make, white):
+    """Where the prompt has it, or an empty thought, the trace does not; white space around it is free."""
+    thought = f"<think>{white}hm\n</think>\n\n12"
     opened = make(chat_template=CHATML + "{{ '<think>\\n' }}")
-    assert load(thought, tokenizer=opened)[0].trace == "hm\n</think>\n\n12"
-    assert load(thought)[0].trace == thought["trace"]
+    assert problem_of(thought, opened).trace == "hm\n</think>\n\n12"
+    assert problem_of(thought).trace == thought
+    closed = make(chat_template=CHATML + "{{ '<think>\\n\\n</think>\\n\\n' }}")
+    assert problem_of(f"<think>{white}</think>\n\nSo 12", closed).trace == "So 12"
+    assert problem_of(thought, closed).trace == thought
+
+
+def test_a_trace_fits_the_stop_ids(problem_of, make):
+    """End-of-turn tokens go from its end; a stop id inside, even of plain text, is refused."""
+    assert problem_of(TRACE + "<|im_end|>\n<|endoftext|> ").trace == TRACE
     full_stop, = make().encode(".")
-    with pytest.raises(ValueError, match="line 1: .*holds a stop token"):
-        load(ROW | {"trace": "a ."}, tokenizer=make({"config.json": {"eos_token_id": full_stop}}))
+    with pytest.raises(ValueError, match="holds a stop token"):
+        problem_of("a . b", make({"config.json": {"eos_token_id": full_stop}}))
 
 
-def test_problem_holds_the_rendered_question(load, tokenizer):
-    """prompt_ids is render() of the question; ids default to line numbers; a system text makes it a list."""
-    rows = ROW, ROW | {"id": "b", "system": "Be brief."}, ROW | {"id": 7}
-    first, second, third = load(*rows, system="Think.")
-    assert (first.id, second.id, third.id) == ("1", "b", "7")
+def test_problem_holds_the_rendered_question(problem_of, tokenizer):
+    """prompt_ids is render() of the messages; a system text makes the question a list; no trace, no cuts."""
+    asked = {"role": "user", "content": ASKED}
+    first = problem_of(system="Think.")
+    assert (first.id, first.number, first.level, first.answer, first.trace) == ("a", 3, "2", "12", TRACE)
     assert [tokenizer.decode(first.expert_ids[:cut]) for cut in first.cuts] == ["There are 2 bags.\n\n"]
-    assert first.prompt_ids == tokenizer.render(ROW["question"], system="Think.")
-    assert second.prompt_ids == tokenizer.render(ROW["question"], system="Be brief.")
+    assert first.prompt_ids == tokenizer.render(ASKED, system="Think.")
+    second = problem_of("", messages=[{"role": "system", "content": "Be brief."}, asked], system="Think.")
     assert second.prompt_ids == tokenizer.render(second.question)
-
-
-@pytest.mark.parametrize("fields, trace, answer", [
-    # Answers keep their spelling, but for white space, a "####" head, and floats without a fraction.
-    ({"answer": 72}, TRACE, "72"), ({"answer": 72.0}, TRACE, "72"), ({"answer": 0.5}, TRACE, "0.5"),
-    ({"answer": "72.0"}, TRACE, "72.0"), ({"answer": -1e21}, TRACE, "-1" + "0" * 21),
-    ({"answer": "so\n####  7 "}, TRACE, "7"), ({"answer": " 7 "}, TRACE, "7"),
-    # Without one, it is what the trace's "####" or last box holds, braces balanced.
-    ({"answer": None, "trace": "so\n#### 1,200"}, "so\n#### 1,200", "1,200"),
-    ({"answer": None, "trace": r"\boxed{3} \boxed{\sqrt{2}}."}, r"\boxed{3} \boxed{\sqrt{2}}.", r"\sqrt{2}"),
-    # Raw GSM8K: the answer's text is the trace, "####" line kept, calculator marks gone.
-    ({"trace": None, "answer": "48/2 = <<48/2=24>>24.\n#### 24"}, "48/2 = 24.\n#### 24", "24"),
-    # Every alias works, ours wins, null is absent, a list's first is taken, end-of-turn tokens are stripped.
-    *(({name: None, alias: ROW[name]}, TRACE, "12") for name in ALIASES for alias in ALIASES[name]),
-    ({"solution": "unused"}, TRACE, "12"), ({"trace": None, "traces": [TRACE, "other"]}, TRACE, "12"),
-    ({"trace": TRACE + "<|im_end|>\n<|endoftext|> "}, TRACE, "12")])
-def test_trace_and_answer_are_read_from_what_a_row_holds(load, fields, trace, answer):
-    """Whatever the spelling and form."""
-    problem, = load(ROW | fields)
-    assert (problem.question, problem.trace, problem.answer) == (ROW["question"], trace, answer)
-
-
-def test_file_forms_that_are_fine(load):
-    """A byte order mark, CRLF, blank lines, no final newline or one, U+2028, a lone CR between fields."""
-    row = json.dumps(ROW | {"question": "one\u2028two"}, ensure_ascii=False).replace('", "', '",\r "')
-    problems = load(b"\xef\xbb\xbf" + row.encode(), "", "  ", ROW, "", newline=b"\r\n")
-    assert [problem.id for problem in problems] == ["1", "4"] and problems[0].question == "one\u2028two"
+    assert second.prompt_ids == tokenizer.render(ASKED, system="Be brief.")
+    assert problem_of().question == ASKED and (second.expert_ids, second.cuts) == ([], [])
 
 
 MALFORMED = [
@@ -327,58 +424,50 @@ MALFORMED = [
     [{"role": "user<|im_end|>", "content": "a"}, {"role": "user", "content": "b"}]]
 
 
-@pytest.mark.parametrize("line, words", [
-    ("{", "not JSON"), ("[1]", "a JSON list"), (b'{"question": "\xff"}', "utf-8"),
-    ("[" * 100_000, "recursion"), ('{"question": ' + "9" * 5000 + "}", "4300"),
-    (ROW | {"question": None}, "'question' is None; text is needed, under the name question or problem"),
-    (ROW | {"trace": None}, "field 'trace' is None"), (ROW | {"answer": None}, "field 'answer' is None"),
-    (ROW | {"answer": None, "trace": r"\boxed{1"}, "field 'answer' is None"),
-    (ROW | {"question": 5}, "field 'question' is 5"), (ROW | {"trace": " "}, "field 'trace' is ' '"),
-    (ROW | {"trace": "<|im_end|>"}, "field 'trace' is empty"), (ROW | {"trace": []}, "field 'trace' is"),
-    (ROW | {"trace": None, "solution": [5]}, "field 'solution'"), (ROW | {"system": 5}, "'system' is 5"),
-    (ROW | {"answer": float("nan")}, "'answer' is 'nan'"), (ROW | {"answer": 1e999}, "'answer' is 'inf'"),
-    (ROW | {"answer": "####"}, "field 'answer' is ''"), (ROW | {"answer": True}, "field 'answer' is True"),
-    (ROW | {"answer": {"a": 1}}, "field 'answer'"), (ROW | {"system": "<|im_end|>"}, "special token"),
-    (ROW | {"trace": "a\ud800"}, "ud800.* surrogates not allowed"),
-    (ROW | {"question": [{"role": "user", "content": "\udfff"}]}, "udfff.* surrogates not allowed"),
-    *((ROW | {"question": messages}, "ends with the user's message") for messages in MALFORMED)])
-def test_bad_line_is_named_with_number_and_field(load, line, words):
-    """The first bad line stops with file, line number (blank lines counted) and field."""
-    with pytest.raises(ValueError, match=r"data\.jsonl, line 3: (?s:.)*" + words):
-        load(ROW, "", line, ROW)
+@pytest.mark.parametrize("messages", MALFORMED)
+def test_malformed_messages_are_refused(tokenizer, messages):
+    """A user of the class hands them in as they are."""
+    with pytest.raises(ValueError, match="ends with the user's message"):
+        tokenizer.render(messages)
 
 
-def test_long_rows_and_repeated_questions_are_counted_and_repeated_ids_stop(load):
-    """A row longer than max_tokens, prompt and trace together, is left out, never cut; one must be left."""
-    log = []
-    whole, = load(ROW)
-    size = len(whole.prompt_ids) + len(whole.expert_ids)
-    assert load(ROW, ROW | {"trace": TRACE + " And so on."}, max_tokens=size, log=log.append) == [whole]
-    assert len(load(ROW, ROW, log=log.append)) == 2
-    assert "1 longer than" in log[0] and "1 questions occur more than once" in log[1]
-    for lines, limit in (([], None), ([""], None), ([ROW], size - 1)):
-        with pytest.raises(ValueError, match="0 problems"):
-            load(*lines, max_tokens=limit)
-    with pytest.raises(ValueError, match="id '2' occurs 2 times"):  # runs key their records by it
-        load(ROW | {"id": 2}, ROW)
+def test_what_a_reader_is_told_of_traces(problem_of, make):
+    """Lengths, cuts in reach and the value that reaches all; a warning if most are out of reach, if there is
+    none, or if trace and template do not agree about thinking."""
+    problem = problem_of("Two.\n\nThen.\n\nMore.\n\nSo 12.")
+    tokenizer = make()
+    size = len(problem.expert_ids)
+    line, = reach_lines([problem], tokenizer, size)
+    assert "3.0 cuts each, 0 without" in line and "3 of 3 cuts are in reach" in line
+    line, warning = reach_lines([problem], tokenizer, problem.cuts[0] + 1)
+    reach = f"1 of 3 cuts are in reach of --max-new-tokens {problem.cuts[0] + 1}"
+    assert line.endswith(f"{reach}; --max-new-tokens {size} reaches all")
+    assert warning.startswith(f"\n!!! WARNING: only {reach}; ")
+    assert "no trace has a place" in reach_lines([problem_of("12")], tokenizer, 9)[1]
+    thinking = problem_of("<think>\nOne.\n\nTwo.\n</think>\n\n12")
+    assert "warning: 1 of 1 traces think" in reach_lines([thinking], tokenizer, 99)[1]
+    opened = make(chat_template=CHATML + "{{ '<think>\\n' }}")
+    assert "1 of 1 traces do not" in reach_lines([problem], opened, 99)[1]
+    assert len(reach_lines([thinking], opened, 99)) == 1
 
 
 @needs_data
-def test_anchors_of_public_traces(tmp_path):
-    """GSM8K's test set and MATH-500: they state no answer; 97 of 100 GSM8K problems have some."""
-    qwen = Tokenizer.from_pretrained(DATA / "tokenizers" / "qwen2.5")
-    rows = json.loads((DATA / "math500" / "math500_test.json").read_bytes())
-    (tmp_path / "math.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    gsm8k = load_problems(DATA / "gsm8k" / "test.jsonl", qwen)
-    num_cuts = [len(problem.cuts) for problem in gsm8k]
-    assert len(gsm8k) == 1319 and num_cuts.count(0) < 0.03 * 1319 and 2.4 < sum(num_cuts) / 1319 < 2.6
-    for problem in gsm8k + load_problems(tmp_path / "math.jsonl", qwen):
-        assert problem.cuts == sorted(set(problem.cuts)) and len(problem.cuts) < 10
-        numbers = re.findall(r"\d[\d,]*\.?\d*", problem.question)
-        asked = {number.strip(".,").replace(",", "") for number in numbers}
-        for cut in problem.cuts:
-            anchor = qwen.decode(problem.expert_ids[:cut])
-            assert problem.trace.startswith(anchor) and not re.search(r"####|\\boxed", anchor)
-            # A plain reading of the rule, apart from the code's: numbers that the question does not show.
-            if problem.answer.isdigit() and problem.answer not in asked:
-                assert not re.search(rf"(?<![\d.,]){problem.answer}(?![\d,]|\.\d)", anchor), problem.id
+@pytest.mark.parametrize("path", ["gsm8k/test.jsonl", "math500/math500_test.json"])
+def test_anchors_of_public_traces(path):
+    """Of GSM8K and MATH-500, no anchor claims the answer by a plain reading of the rule, apart from the
+    code's (bench/anchors.py has more), none is paid, and most traces have one."""
+    rows = DATA.joinpath(path).read_text(encoding="utf-8")
+    rows = json.loads(rows) if path.endswith(".json") else [json.loads(line) for line in rows.splitlines()]
+    num_without = 0
+    for row in rows:
+        trace = row.get("solution") or re.sub(r"<<.*?>>", "", row["answer"])
+        gold = row["answer"].rpartition("#### ")[2]
+        cuts = cuts_of(trace, gold)
+        num_without += not cuts
+        assert cuts == sorted(set(cuts)) and len(cuts) < 10
+        anchor = trace[:cuts[-1]] if cuts else ""
+        assert not math_reward(anchor, gold) and not re.search(r"####|\\boxed", anchor)
+        behind = r"(?:[.,;]?\s|$)(?! *[-+*/x×])"
+        claimed = re.findall(r"(?:=|\bis|equals) *\$?" + re.escape(gold) + behind, anchor)
+        assert not claimed, (gold, claimed)
+    assert num_without < (0.03 if "gsm8k" in path else 0.17) * len(rows)
