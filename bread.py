@@ -60,6 +60,7 @@ import model as plain
 import report
 from checkpoint import RunFolder, load, to_json, write_tensors, write_whole
 from config import check_paths, load_function, parse_args
+from cuts import find_cuts
 from data import read_data, read_rows
 from evaluation import is_right, summarise, summary_lines
 from packing import Prefixes, forward_suffixes, halve, make_batches
@@ -199,6 +200,7 @@ class Policy:
             reward = self.reward(text, problem.answer, problem)
             if not (reward is None or isinstance(reward, numbers.Real) and math.isfinite(reward)):
                 raise TypeError(f"it returned {reward!r}, a finite number or None is needed")
+            reward = None if reward is None else float(reward)  # True is 1
         except Exception as error:  # whatever the user's function raises
             path = Path(self.config.output) / "reward_failed.json"
             write_whole(path, to_json({"id": problem.id, "answer": problem.answer, "completion": text}, 2))
@@ -263,7 +265,7 @@ def train(config):
             ended = ranks.interrupted() or is_stuck or state.progress(config) >= 1
             if ended or config.save_every and state.step % config.save_every == 0:
                 save(policy, optimizer, ranks, folder, state)
-    log.closing(folder, state, is_example=config.model == str(EXAMPLE / "model"))
+    log.closing(folder, state, is_example=config.data == str(EXAMPLE / "train.jsonl"))
     ranks.leave()
     if is_stuck:
         raise FloatingPointError(f"{optimizer.skipped_in_a_row} updates in a row had a loss or gradient that "
@@ -320,8 +322,8 @@ def sample_groups(policy, points, step, purpose, trunk=None, group_size=None, te
     for (problem, cut), context, completions in zip(points, contexts, sampled):
         judged = [policy.judge(problem, cut, context, completion) for completion in completions]
         group = [rollout for rollout in judged if rollout.reward is not None]
-        # A group in which nothing could be judged is a failure, and teaches nothing.
-        group = group or [dataclasses.replace(judged[0], reward=0.0)]
+        if not group or purpose == "eval":  # what cannot be judged is not right, and all of it no lesson
+            group = [dataclasses.replace(rollout, reward=rollout.reward or 0.0) for rollout in judged]
         groups.append(group)
         policy.counts["rollouts/unjudged"] += sum(rollout.reward is None for rollout in judged)
         if cut:
@@ -375,8 +377,10 @@ def probe(config, problem):
             number = search.send(successes)
         except StopIteration as done:
             return groups.get(done.value)
-        groups[number] = yield cuts[number]
-        successes = num_successes(groups[number])
+        group = groups[number] = yield cuts[number]
+        # Fewer than G where a reward was None: all of them right is no mixed group either.
+        is_flat = num_successes(group) == len(group)
+        successes = config.group_size if is_flat else num_successes(group)
 
 
 def search_anchors(policy, problems, step):
@@ -660,6 +664,7 @@ def read_problems(config, tokenizer, shape, method, say):
         # An evaluation shows no trace, so that it has no business in it.
         needs_trace = trains and (getattr(method, "needs_trace", True) or config.on_fail == "expert")
         convert = functools.partial(to_problem, config, tokenizer, shape.max_position_embeddings, needs_trace)
+        path = "" if config.eval and trains else path
         problems = read_data(path, convert, fields, needs_trace, config.strict, say) if path else []
         if path and trains and len(problems) < config.problems_per_step:
             raise ValueError(f"{path}: {len(problems)} usable problems, but a step needs "
@@ -683,7 +688,16 @@ def load_functions(config):
 def to_problem(config, tokenizer, window, needs_trace, row):
     """A data.Row as a Problem, or a ValueError, "reason: detail". window: positions that the model has."""
     row = row if needs_trace else dataclasses.replace(row, trace="")
-    problem = make_problem(row, tokenizer, answers_match, config.max_episodes, config.system or None)
+    if config.reward in REWARDS:  # a user's function may know answers that ours cannot check
+        gold = parse_gold(row.answer)
+        if gold is None:
+            raise ValueError(f"the answer cannot be checked: {row.answer!r:.60}")
+        row = dataclasses.replace(row, answer=gold)
+        found = extract_answer(row.trace)
+        if found is not None and not answers_match(found, gold):
+            raise ValueError(f"the trace contradicts the answer: {found!r:.60} for {gold!r:.60}")
+    cut = functools.partial(find_cuts, matches=answers_match, max_episodes=config.max_episodes)
+    problem = make_problem(row, tokenizer, cut, config.system or None)
     size = len(problem.prompt_ids)
     hint_room = HINT_ROOM if config.anchor_placement == "hint" else 0  # for a line around the anchor's text
     if size + hint_room + config.max_new_tokens > window:
@@ -692,12 +706,6 @@ def to_problem(config, tokenizer, window, needs_trace, row):
     if size + len(problem.expert_ids) > window:
         raise ValueError(f"prompt and trace exceed the model's {window} positions: by "
                          f"{size + len(problem.expert_ids) - window}")
-    if config.reward in REWARDS:
-        found = extract_answer(problem.trace)
-        if parse_gold(problem.answer) is None:
-            raise ValueError(f"the answer cannot be checked: {problem.answer!r:.60}")
-        if found is not None and not answers_match(found, problem.answer):
-            raise ValueError(f"the trace contradicts the answer: {found!r:.60} for {problem.answer!r:.60}")
     return problem
 
 
@@ -722,9 +730,8 @@ def evaluate(policy, ranks, problems, state, folder):
     with report.clock(state.seconds, "eval"):
         for name, samples, temperature in (("accuracy", config.eval_samples, None), ("greedy", 1, 0.0)):
             groups = answer(policy, mine, state.step, samples, temperature)
-            rewards = [rollout.reward for group in groups for rollout in group]
-            total = ranks.total({"reward": sum(rewards), "rollouts": len(rewards)})
-            row[f"eval/{name}"] = total["reward"] / total["rollouts"]
+            total = ranks.total({"right": sum(map(num_successes, groups)), "all": sum(map(len, groups))})
+            row[f"eval/{name}"] = total["right"] / total["all"]
     state.count(ranks.gather(policy.tell([], {}, {})))
     state.evals.append(row | {"tokens/sampled": report.training_tokens(state.tokens)})
     if state.step == 0 and folder:  # later ones are part of their step's row
@@ -872,7 +879,9 @@ def evaluate_only(config):
         if config.write_hard:
             hard = {row["number"] for row in rows if not any(map(is_right, row["samples"]))}
             kept = [row for number, row in read_rows(config.eval_data) if number in hard]
-            write_whole(Path(config.write_hard), b"".join(map(to_json, kept)))
+            # A table may hold dates, which JSON does not know.
+            lines = [json.dumps(row, default=str, ensure_ascii=False) + "\n" for row in kept]
+            write_whole(Path(config.write_hard), "".join(lines).encode())
             log.say(f"{len(kept)} problems without a right sample: {config.write_hard}")
     ranks.leave()
     return 0

@@ -94,7 +94,7 @@ class Config:
     eval: bool = option(False, "evaluate the model and stop", heading="evaluation")
     eval_every: int = option(10, "steps between evaluations", 1)
     eval_samples: int = option(1, "sampled answers per held-out problem, beside one greedy answer", 1)
-    write_hard: str = option("", "with --eval: file for the problems that no answer solved")
+    write_hard: str = option("", "with --eval: file for the problems that no sampled answer solved")
     # How a run ends, what it keeps, how it goes on.
     resume: bool = option(False, "continue the run in --output from its last checkpoint, with its own flags",
                           heading="running, saving, resuming")
@@ -250,6 +250,8 @@ def check_paths(config):
             line += (f"; to take it from the Hugging Face hub, type `hf download {kind}{path} "
                      f"--local-dir {name}` and then {flag} {name}" + "/FILE" * bool(kind))
         raise ValueError(line)
+    if config.write_hard and not Path(config.write_hard).parent.is_dir():
+        raise ValueError(f"--write-hard is {config.write_hard}, whose folder does not exist: create it first")
 
 
 def load_function(flag, spec, known, modules=None):

@@ -24,7 +24,9 @@ HEEDED = {"id", "system", "level", "difficulty", "correctness_math_verify", "cor
           "is_reasoning_complete", *VALID.values()}
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 INSIDE = r"(?:[^{}\\]|\\.|\{%s\})*"  # braces, four deep; a text fits in one way only, so the time is linear
-BOX = re.compile(r"\\boxed\{(" + INSIDE % (INSIDE % (INSIDE % (INSIDE % ""))) + r")\}", re.DOTALL)
+# "#### Step 1" is a heading; MetaMathQA goes on with "The answer is: 72".
+LAST_LINE = re.compile(r"####([^\n]*)\s*(?:\n[^\n]*answer is[^\n]*)?\s*\Z", re.I)
+BOX = re.compile(r"\\(?:boxed|fbox)\s?\{(" + INSIDE % (INSIDE % (INSIDE % (INSIDE % ""))) + r")\}", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def read_data(path, convert, fields={}, needs_trace=True, strict=False, say=prin
                 raise ValueError(f"{path}, {place} {number}: {error}") from error
             left_out.setdefault(str(error).split(": ")[0], []).append(f"{place} {number}: {error}")
     num_rows = len(kept) + sum(map(len, left_out.values()))
+    if num_rows == 0:
+        raise ValueError(f"{path} is empty: a row with question, trace and answer is needed")
     reasons = [f"{len(same)} like {same[0]}" for same in sorted(left_out.values(), key=len, reverse=True)]
     summary = f"{path}: {len(kept)} of {num_rows} rows can be used; left out: "
     if not kept and left_out.keys() == {"no trace"}:
@@ -120,7 +124,7 @@ def _read_row(row, number, fields, needs_trace):
         answered, answer = _find_answer(row, fields, trace)
     except (AttributeError, LookupError, TypeError, RecursionError) as error:  # nested as it may be
         raise ValueError(f"a field of an unknown kind: {error}") from error
-    name = str(number if row.get("id") is None else row["id"])
+    name = str(number if row.get("id") in (None, "") else row["id"])
     levels = [str(row[key]) for key in ("level", "difficulty") if row.get(key) is not None]
     way = f"question from {asked}, trace from {traced}, answer from {answered}"
     used = HEEDED.union(re.split("[ .,()]+", way))
@@ -128,17 +132,18 @@ def _read_row(row, number, fields, needs_trace):
     return Row(number, name, messages, trace, answer, [*levels, ""][0]), f"{way}; not used: {unused:.300}"
 
 
-def _find(row, fields, what, names):
-    """(name, value) of the field that the user names, else of the first of ours."""
+def _find(row, fields, what, names, stated={}):
+    """(name, value) of the field that the user names, else of the first of ours that holds something. Of
+    `stated` are what other fields say."""
     own = fields.get(what)
     for name in [own] if own else names:
-        value = row
+        value = row | stated
         for key in name.split("."):
             value = {str(i): item for i, item in enumerate(value)} if isinstance(value, list) else value
             value = value.get(key) if isinstance(value, dict) else None
         if value is not None and row.get(VALID.get(name)) not in (None, "Yes", True):
             raise ValueError(f"{VALID[name]} is not Yes: {row[VALID[name]]!r:.40}")
-        if value is not None:
+        if value not in (None, "", []):
             return name, value
     raise ValueError(f"no {f'field {own}' if own else what}: --{what}-field names one of {list(row)!r:.300}")
 
@@ -170,7 +175,8 @@ def _text(value):
 
 def _find_question(row, fields):
     name, value = _find(row, fields, "question", QUESTION + CONVERSATION)
-    messages = _messages([{"role": "user", "content": value}] if isinstance(value, str) else value)
+    is_text = isinstance(value, str) and name not in CONVERSATION
+    messages = _messages([{"role": "user", "content": value}] if is_text else value)
     if name not in QUESTION and messages[-1]["role"] == "assistant":
         messages.pop()  # the trace; at the end of a prompt it would be the start of an answer
     if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
@@ -185,9 +191,10 @@ def _find_trace(row, fields):
     source, value = _find(row, fields, "trace", ["generations", *THINKING, *TRACE, *gsm8k, *CONVERSATION])
     if source == "generations":  # OpenR1: several, with lists of verdicts, or null
         is_right = row.get("correctness_math_verify") or row.get("correctness_llama")
-        verdicts = filter(None, [is_right, row.get("is_reasoning_complete")])
-        value = next((text for text, *good in zip(value, *verdicts) if all(good)), None)
-        source = "generations (the first verified, complete one)"
+        verdicts = list(filter(None, [is_right, row.get("is_reasoning_complete")]))
+        texts = value if isinstance(value, list) else [value]
+        value = next((text for text, *good in zip(texts, *verdicts) if all(good)), None)
+        source = "generations (the first verified, complete one)" if verdicts else "generations (the first)"
         if value is None:
             raise ValueError("no verified, complete generation")
     elif source in THINKING:
@@ -204,16 +211,18 @@ def _find_trace(row, fields):
 
 def _find_answer(row, fields, trace):
     solution = str(row.get("solution") or "").strip() if row.keys() & {"attempt", "deepseek_attempt"} else ""
+    trace = trace.rpartition("</think>")[2]  # an earlier answer may have been withdrawn
+    last = LAST_LINE.search(trace)
     texts = {"ground_truth_solution (box)": (row.get("ground_truth_solution") or "", None),
              "solution (s1K)": (solution, solution if re.fullmatch(".{1,60}", solution) else None),
-             "the trace": (trace, trace if "####" in trace else None)}
+             "the trace": (trace, last and last[1])}
     stated = {source: (BOX.findall(text) or [other])[-1] for source, (text, other) in texts.items()}
-    source, answer = _find(row | stated, fields, "answer", [*ANSWER, *stated])
+    source, answer = _find(row, fields, "answer", [*ANSWER, *stated], stated)
     if type(answer) in (int, float):
         answer = str(int(answer) if answer % 1 == 0 else answer)  # 72.0 is 72
     if not isinstance(answer, str):
         raise ValueError(f"the answer is neither text nor a number: {answer!r:.40}")
-    if "####" in answer:  # its line: MetaMathQA goes on with "The answer is: 72"
+    if "####" in answer:
         answer = answer.rpartition("####")[2].partition("\n")[0]
     if answer.strip().lower() in ("", "nan", "inf", "-inf", "proof", "notfound"):  # NuminaMath-1.5
         raise ValueError(f"no fixed answer: {answer!r}")

@@ -5,6 +5,7 @@ with "reward", "finish_reason", "tokens" and the final "answer" that it states o
 """
 import collections
 import math
+import re
 import statistics
 
 
@@ -38,12 +39,18 @@ def summarise(rows):
     for row in rows:
         by_level[row["level"]].append(row)
     if 1 < len(by_level) <= 20:  # else it is no scale
-        summary["levels"] = {level: accuracy_of(by_level[level]) for level in sorted(by_level)}
+        summary["levels"] = {level: accuracy_of(by_level[level]) for level in sorted(by_level, key=natural)}
     return summary
+
+
+def natural(level):
+    """Sorts "Level 10" behind "Level 9"."""
+    return [(len(part), part) if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", level)]
 
 
 def accuracy_of(rows):
     """Problems, and shares of right greedy and right sampled answers."""
+    # All samples count alike, whatever their problem.
     samples = [sample for row in rows for sample in row["samples"]]
     return {"problems": len(rows), "greedy": statistics.fmean(is_right(row["greedy"]) for row in rows),
             "accuracy": statistics.fmean(map(is_right, samples))}

@@ -431,7 +431,7 @@ def group_parts(group):
     ranked = sorted(group, key=lambda row: row["reward"], reverse=True)
     first = ranked[0]
     parts = [("plain", f"\nproblem {first['id']}, answer {first['answer']}, {len(group)} rollouts"),
-             ("mark", "[question]"), ("plain", first["question"])]
+             ("mark", "[question]"), ("plain", asked(first["question"]))]
     if first["cut"]:
         parts += [("mark", f"[anchor: {first['cut']} of {first['of']} tokens, shown to the policy]"),
                   ("anchor", first["anchor"])]
@@ -441,6 +441,14 @@ def group_parts(group):
         parts += [("mark", f"[{name}, reward {row['reward']}]"),
                   ("right" if row["reward"] > 0 else "wrong", row["completion"])]
     return parts
+
+
+def asked(question):
+    """A question as text, which may be messages."""
+    # With --system it is.
+    if isinstance(question, str):
+        return question
+    return "\n".join(f"{message['role']}: {message['content']}" for message in question)
 
 
 def plot(folders, path):

@@ -1,22 +1,19 @@
-"""Expert traces: from text to token ids, and the places where an anchor may end.
+"""Expert traces: from text to token ids.
 
     question   | expert trace                             | eos (SFT only)
     prompt_ids | episode 1 | episode 2 | .. | last episode
                            ^           ^    ^               cuts; an anchor is expert_ids[:cut]
 
 Our choices: (1) A trace is tokenised once and whole, and a cut is an index into those ids: an anchor is a
-prefix of the trace's own tokenisation. (2) No anchor states the answer, see `find_cuts`. (3) Data cannot
-forge turns: text that spells a special token such as <|im_end|> is refused; at a trace's end it is stripped.
+prefix of the trace's own tokenisation. (2) Data cannot forge turns: text that spells a special token such as
+<|im_end|> is refused; at a trace's end it is stripped. (3) A template says how a turn ends, too.
 Left out: SentencePiece-only folders; limits on templates (sandboxed, but a loop may spin).
 """
 import datetime
 import functools
-import itertools
 import json
-import math
 import re
 import statistics
-from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +31,7 @@ class Tokenizer:
     `stop_token_ids`: every id that ends a completion, sorted. `eos_id`: the one that ends an expert trace in
     SFT (what the template puts behind an assistant's message, else eos_token, else the smallest).
     `opens_thinking`: prompts end in "<think>"; `closes_thinking`: in an empty thought, "<think></think>".
-    `thinks`: the model is meant to write a thought, by the template's word. `special_texts`: see (3).
+    `thinks`: the model is meant to write a thought, by the template's word. `special_texts`: see (2).
     """
 
     @classmethod
@@ -49,7 +46,7 @@ class Tokenizer:
         self._backend = _read(folder / "tokenizer.json", tokenizers.Tokenizer.from_buffer)
         self._backend.no_truncation()  # the file may carry these settings, and would cut or pad in silence
         self._backend.no_padding()
-        config = _read(folder / "tokenizer_config.json", json.loads, absent={})
+        config = _read(folder / "tokenizer_config.json", _json_object, absent={})
         names = ("bos_token", "eos_token", "pad_token", "unk_token")  # each an AddedToken, or its text
         self._names = {name: token["content"] if isinstance(token, dict) else token
                        for name in names if (token := config.get(name))}
@@ -58,8 +55,8 @@ class Tokenizer:
         stops = {eos}
         # All three files, since one errs: Llama-3-8B-Instruct's lacked the <|eot_id|> that the model writes.
         for name in ("generation_config.json", "config.json"):
-            entry = _read(folder / name, json.loads, absent={}).get("eos_token_id")
-            stops |= set(entry) if isinstance(entry, list) else {entry}
+            entry = _read(folder / name, _json_object, absent={}).get("eos_token_id")
+            stops |= set(entry if isinstance(entry, list) else [entry])
         # Where the config is silent (Llama-3), what tokenizer.json itself puts in front of a text decides.
         starts_with_bos = self._backend.encode("", add_special_tokens=True).ids[:1] == [bos]
         self._bos = [bos] if bos is not None and config.get("add_bos_token", starts_with_bos) else []
@@ -68,33 +65,22 @@ class Tokenizer:
             template = {entry["name"]: entry["template"] for entry in template}.get("default", NO_DEFAULT)
         self._template = _read(folder / "chat_template.jinja", bytes.decode, absent=template)
         added = self._backend.get_added_tokens_decoder()
-        turn_end = self._turn_end({token.content: i for i, token in added.items() if token.special})
+        special = {token.content: i for i, token in added.items() if token.special}
+        turn_end = find_turn_end(self._prompt_text, special, stops) if self._template else None
         self.stop_token_ids = tuple(sorted((stops | {turn_end}) - {None}))
         if not self.stop_token_ids:
             raise ValueError(f"{folder}: rollouts would never end; set eos_token in tokenizer_config.json, "
                              "or eos_token_id in generation_config.json or config.json")
         ends = [id for id in (turn_end, eos, self.stop_token_ids[0]) if id is not None]
         self.eos_id = ends[0]
-        special = [token for i, token in added.items() if token.special or i in self.stop_token_ids]
-        self.special_texts = sorted(token.content for token in special)
+        ending = [token.content for i, token in added.items() if i in self.stop_token_ids]
+        self.special_texts = sorted({*special, *ending})
         # A first render shows a broken template at once, and what a prompt says about thinking.
         prompt = self._prompt_text(_as_messages("1+1?"))
         self.opens_thinking = bool(re.search(r"<think>\s*\Z", prompt))
         self.closes_thinking = bool(re.search(r"</think>\s*\Z", prompt))
         self.thinks = self.opens_thinking or (
             "enable_thinking" in self._template and not self.closes_thinking)
-
-    def _turn_end(self, special):
-        """The id of the special token, one of {text: id}, that the template puts behind an assistant's
-        message, or None. Base models have templates, too, whose turns do not end in their eos_token."""
-        messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "Two"}]
-        try:
-            text = self._prompt_text(messages, add_generation_prompt=False) if self._template else ""
-        except ValueError:  # takes no assistant's message
-            return None
-        behind = text.rpartition("Two")[2].lstrip()
-        found = [token for token in special if token and behind.startswith(token)]
-        return special[max(found, key=len)] if found else None
 
     @property
     def stop_texts(self):
@@ -148,11 +134,35 @@ class Tokenizer:
             raise ValueError(f"{self._folder}: chat template: {error!r}") from error
 
 
+def find_turn_end(render, special, stops):
+    """The id of the special token, one of {text: id}, that a template puts behind an assistant's message, or
+    None. Base models have templates, too, whose turns do not end in their eos_token."""
+    messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "Two"}]
+    try:
+        before, _, behind = render(messages, add_generation_prompt=False).rpartition("Two")
+    except ValueError:  # takes no assistant's message
+        return None
+    found = [token for token in special if token and behind.lstrip().startswith(token)]
+    if not found or not before:  # a template that drops the answer has all of its text behind it
+        return None
+    end = max(found, key=len)
+    # What also begins the turn begins the next one.
+    opens = max(special, key=before.rfind) == end and special[end] not in stops
+    return None if opens else special[end]
+
+
 def _read(file, parse, absent=None):
     try:
         return parse(file.read_bytes()) if absent is None or file.is_file() else absent  # optional files only
     except Exception as error:  # tokenizers raises plain Exception
         raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _json_object(data):
+    found = json.loads(data)
+    if not isinstance(found, dict):
+        raise ValueError(f"a JSON {type(found).__name__}, an object is needed")
+    return found
 
 
 @functools.lru_cache
@@ -183,156 +193,6 @@ def _as_messages(question, system=None):
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-# ---------------------------------------------------------------- where an anchor may end
-
-# The coarsest first: blank lines, line ends, sentence ends. "3! x" ends no sentence.
-_SEPARATORS = [re.compile(text) for text in (
-    r"\n[ \t\r]*\n\s*", r"\n\s*", r"(?:[.?][\"')\]]*\s+|![\"')\]]*\s+(?=[A-Z])|[。！？])")]
-# Nobody pauses inside: code, drawings, environments, formulas. A "$" is a formula's by Pandoc's rule, which
-# leaves "$5 and $6" alone: no blank behind the first, none before the second, and no digit behind it.
-_CLOSED = re.compile(
-    r"```.*?(?:```|\Z)|\[asy\].*?(?:\[/asy\]|\Z)|\\begin\{(\w+\*?)\}.*?(?:\\end\{\1\}|\Z)|\$\$.{1,2000}?\$\$"
-    r"|\\\[.{1,2000}?\\\]|\\\(.{1,400}?\\\)"
-    r"|(?<!\\)\$(?=\S)(?:[^$\n\\]|\\.|\n(?!\n)){1,400}?(?<=\S)\$(?![0-9])", re.S)
-
-
-def find_cuts(trace, offsets, answer, matches, max_episodes=10):
-    r"""Token positions where an anchor of this trace may end: increasing, never 0, never the whole trace.
-
-    `offsets`: (start, end) of every token of the trace, in characters. `matches(given, answer)`: whether two
-    answers are the same. Episodes end at blank lines; where these reach less than 60% of the way, at line
-    ends, too, and then at sentence ends; never inside a formula, drawing or code; inside a token, at the
-    nearest token end before. Usable are ends that show more than "<think>", leave an episode over and precede
-    `first_statement`. Of more than max_episodes - 1 ends, those nearest to equal shares of the tokens before
-    the statement stay.
-
-    Two tokens a line; 12 is first stated on the third, so an anchor is one line (2 tokens) or two (4 tokens):
-    >>> trace, offsets = "3*2 =6\n6*2 =\n12. So\n", [(0, 3), (3, 7), (7, 10), (10, 13), (13, 15), (15, 20)]
-    >>> find_cuts(trace, offsets, "12", matches=str.__eq__)
-    [2, 4]
-    """
-    ends = [end for _, end in offsets]  # the byte tokens of one character all carry its end: none is split
-    statement = first_statement(trace, answer, matches)
-    limit = min(statement, len(trace.rstrip()) - 1)  # behind it, some text is left to the student
-    opening = re.match(r"\s*(?:<think>)?\s*", trace).end()
-    closed = [match.span() for match in _CLOSED.finditer(trace)]
-    starts = [start for start, _ in closed]
-    cuts = set()
-    for separator in _SEPARATORS:
-        for place in (match.end() for match in separator.finditer(trace)):
-            before = bisect_left(starts, place) - 1  # the last closed span that begins before the place
-            if opening < place <= limit and (before < 0 or closed[before][1] <= place):
-                cuts.add(bisect_right(ends, place))
-        cuts -= {0, len(ends)}
-        if cuts and ends[max(cuts) - 1] >= 0.6 * limit:
-            break
-    if len(cuts) < max_episodes:
-        return sorted(cuts)
-    shares = [bisect_right(ends, statement) * k / max_episodes for k in range(1, max_episodes)]
-    return sorted({min(sorted(cuts), key=lambda cut: abs(cut - share)) for share in shares})
-
-
-# What is said to be a value: it stands behind one of these, "about" and the like and decoration apart, ...
-_CLAIM = re.compile(
-    r"(?:=|≈|>>|→|⇒|->|=>|\\(?:to|approx|R?rightarrow|implies|equiv)(?![a-zA-Z])|['’]s\b|\b(?:is|are|was|were"
-    r"|be|been|being|becomes?|equals?|gives?|giving|gave|gets?|getting|got|makes?|making|yields?|yielding"
-    r"|leaves|leaving|finds?|found|returns?|total of|[Ss]o|[Tt]hus|[Hh]ence|[Tt]herefore)\b"
-    r"|\b(?:[Aa]nswer|[Rr]esult|[Tt]otal|[Ss]olution)(?:\W{0,4}:|(?=\s*(?:\$|\\[(\[]))))"
-    r"(?:,?\s+(?:to|about|around|exactly|precisely|just|simply|only|indeed|then|thus|therefore|still|actually"
-    r"|now|also|us|me|you|equal to|a total of|the number|the answer|it is|it['’]s|we get)\b){0,3}"
-    r"[\s$\\*_:({\[~€£]{0,20}(?<!\\)|\*\*(?=[^*\n]{1,80}\*\*)")
-_AGREED = re.compile(r"(?<![\w.,/-])(-?[\w$./\\{}]{1,40}) (?:it is|is (?:the|our|my|correct|right))\b")
-# ... up to one of these, if the expression does not go on and is no question.
-_VALUE_END = re.compile(
-    r"(?=[\s=≈;!?)\]}$*|<\"'’”%°€£]|\.(?![0-9])|[,:](?![0-9]|\\!)|/(?=[a-zA-Z])|\^\{?\\circ"
-    r"|(?<=[0-9])(?:[a-zA-Z]{2}|[gmLhs]\b)|\\(?:text|mathrm|q?quad|mbox|right|(?![a-zA-Z{])))|\Z")
-_GOES_ON = re.compile(
-    r"[ \t]*(?:[+×·÷^_<>≤≥]|\*(?!\*)|/(?![a-zA-Z])|[-−–](?!-|\s+[a-zA-Z]{2})|!\s*[-+*/×=)$\\a-z]|\(\w"
-    r"|\\(?:times|cdot|div|[dt]?frac|sqrt|pi|[lg]eq?|pm)(?![a-z]))|[$*\s)]{0,3}\?")
-# 1,000 and LaTeX's 1{,}000 and 1,\!000 are one number each.
-_NUMBER = r"[0-9]+(?:(?:,(?:\\!)?|\{,\})[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|\.[0-9]+"
-_QUANTITY = re.compile(rf"([+-]?)({_NUMBER})(?:/({_NUMBER}))?")
-_WORDS = dict(zip("two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-                  "sixteen seventeen eighteen nineteen twenty".split(), range(2, 21)))
-_POWERS = str.maketrans("²³", "23")
-_PLAIN = [(re.compile(pattern), replacement) for pattern, replacement in (
-    (r"\\(?:text[a-z]*|mathrm|mathbf|mbox|operatorname|left|right|cdot|times|circ)(?![a-z])", ""),
-    (r"\\\\|\\[!,;: ]", ""), (r"√", "sqrt"), (r"π", "pi"), (r"∞", "infty"), (r"[−–]", "-"),
-    (r"\^?²", "^2"), (r"\^?³", "^3"), (r"\\sqrt\s*\{([^{}]*)\}", r"sqrt\1"),
-    (r"\\[dtc]?frac\s*(\{[^{}]*\}|[0-9])\s*(\{[^{}]*\}|[0-9a-z])", r"\1/\2"), (r"[\s$\\(){}\[\]*×·°%]", ""))]
-
-
-def first_statement(trace, answer, matches):
-    """Character position in a trace behind which the answer is known; len(trace) if it never is.
-
-    That is the first box, "####" or "</think>", or the first value that is claimed ("= 5", "is about 1/2",
-    "gives **5**", "twelve it is") and is the answer: by `matches(value, answer)`, by its number, or written
-    in plain signs ("sqrt(2)/2"). "Step 5" claims nothing, nor does "is it 5?"; but a word, such as a name,
-    is never mentioned by chance. Linear in the trace.
-    """
-    ends = re.finditer(r"\\f?box|####|</think>|<answer>", trace)
-    word = re.fullmatch(r"\W*(?:text[a-z]*\W*)?([^\W\d_]{3,}(?: [^\W\d_]+)*)\W*", answer)
-    if word:
-        ends = itertools.chain(ends, re.finditer(rf"\b{word[1]}\b", trace, re.I))
-    end = min((match.start() for match in ends), default=len(trace))
-    is_answer = recogniser(answer, matches)
-    width = min(400, 3 * len(answer) + 60)
-    most = 5 + 2 * len(_VALUE_END.findall(answer))  # ends of a value that are tried
-    agreed = (match.start() for match in _AGREED.finditer(trace, 0, end) if is_answer(match[1]))
-    first = min(agreed, default=end)
-    for claim in _CLAIM.finditer(trace, 0, first):
-        begin = claim.end()
-        window = trace[begin:min(begin + width, end)].partition("\n\n")[0]
-        for match in itertools.islice(_VALUE_END.finditer(window), most):
-            given = window[:match.start()].rstrip()
-            rest = window[match.start():]
-            is_whole = rest.startswith("**") if claim[0] == "**" else not _GOES_ON.match(rest)
-            if is_whole and given and given[-1] not in "+-*/×·^" and is_answer(given):
-                return begin
-    return first
-
-
-def recogniser(answer, matches):
-    """A function from text to whether it is the answer (see `first_statement`), cheap where it is not."""
-    gold = _plain(answer)
-    value = _quantity(gold)
-    # Without its unit, too, whose power has a digit.
-    digits = [_digits(answer), _digits(re.split(r"\\(?:text|mbox|mathrm)", answer)[0])]
-
-    @functools.cache
-    def is_answer(text):
-        if value is None and _digits(text) not in digits:
-            return False
-        plain = _plain(text)
-        number = _quantity(plain)
-        if value is not None and number is not None:
-            return math.isclose(number, value, rel_tol=1e-9)
-        # Other orders of the same signs are for `matches` to judge, and names and units beside a number.
-        is_close = value is None and digits[0] or sorted(plain) == sorted(gold)
-        return plain == gold or is_close and matches(text, answer)
-    return is_answer
-
-
-def _digits(text):
-    return sorted(re.findall("[0-9]", text.translate(_POWERS)))
-
-
-def _plain(text):
-    """A formula in signs that LaTeX, ASCII and Unicode share, without brackets and blanks; words in small."""
-    for pattern, replacement in _PLAIN:
-        text = pattern.sub(replacement, text)
-    return text.lower() if len(text) > 1 else text  # an option A is no article
-
-
-def _quantity(plain):
-    """The number that plain text spells, "-1/2" or "twelve", or None."""
-    match = _QUANTITY.fullmatch(plain)
-    if match is None:
-        return _WORDS.get(plain)
-    top, bottom = (float(re.sub("[^0-9.]", "", part or "1")) for part in match.groups()[1:])
-    return (-top if match[1] == "-" else top) / bottom if bottom else None
-
-
 # ---------------------------------------------------------------- problems
 
 
@@ -350,11 +210,12 @@ class Problem:
     number: int = 0             # its place in the data file
 
 
-def make_problem(row, tokenizer, matches, max_episodes=10, system=None):
+def make_problem(row, tokenizer, find_cuts, system=None):
     """A row (.id, .messages, .trace, .answer, .level, .number; data.Row) as a `Problem`.
 
-    `matches`: see `find_cuts`. `system`: the system message of rows without one. ValueError, "reason:
-    detail", for a question that is none, text that spells a special token, a trace that holds a stop token.
+    `find_cuts(trace, offsets, answer)`: where its anchors may end, see cuts.py. `system`: the system message
+    of rows without one. ValueError, "reason: detail", for a question that is none, text that spells a special
+    token, a trace that holds a stop token.
     """
     messages = _as_messages(row.messages, system)
     trace = row.trace.strip()
@@ -369,7 +230,7 @@ def make_problem(row, tokenizer, matches, max_episodes=10, system=None):
     encoding = tokenizer.encoding(trace)
     if not set(encoding.ids).isdisjoint(tokenizer.stop_token_ids):
         raise ValueError("the trace holds a stop token")
-    cuts = find_cuts(trace, encoding.offsets, row.answer, matches, max_episodes) if trace else []
+    cuts = find_cuts(trace, encoding.offsets, row.answer) if trace else []
     question = messages if len(messages) > 1 else messages[0]["content"]
     return Problem(row.id, tokenizer.render(messages), encoding.ids, cuts, row.answer, question, trace,
                    row.level, row.number)

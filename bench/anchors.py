@@ -4,7 +4,7 @@ r"""Do anchors state the answer, and how far do they reach? On public traces, ra
 
 MATH-500's solutions are LaTeX; people and models think in plain signs, so each trace is also written in ASCII
 (1/6, sqrt(2), pi) and in Unicode (√2, π). "Thinking": the trace without its box between <think> and </think>,
-the boxed answer behind it. A claim is found by a reading of its own, apart from traces.py: the anchor, blanks
+the boxed answer behind it. A claim is found by a reading of its own, apart from cuts.py: the anchor, blanks
 and brackets removed, holds "=", "is", "be", "equals", "gives", "get", "->", "'s" or "**" and directly behind
 it the answer in one of the three notations, where no digit, letter or operator goes on.
 """
@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from cuts import find_cuts, first_statement
 from rewards import answers_match, math_reward
-from traces import find_cuts, first_statement
 
 ASCII = [(r"\\d?frac\s*(\d)\s*(\d)", r"\1/\2"), (r"\\d?frac\{([^{}]{1,9})\}\{([^{}]{1,9})\}", r"\1/\2"),
          (r"\\sqrt\s*(\d)", r"sqrt(\1)"), (r"\\sqrt\{([^{}]*)\}", r"sqrt(\1)"),

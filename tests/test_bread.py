@@ -458,6 +458,20 @@ def test_gradient_equals_one_rollout_at_a_time(make, size, loss_mean, kl, cap, r
         assert parts[0][1]["tokens/trained"] == passed, "every context once, every completion once"
 
 
+@pytest.mark.parametrize("loss_mean", ["token", "sequence"])
+def test_truncated_completions_are_left_out_of_loss_and_denominators(make, loss_mean):
+    """--mask-truncated: their reward counts in the group's mean, and they do in nothing else."""
+    policy, problems = make(loss_mean=loss_mean, mask_truncated=True)
+    groups = mixed_groups(policy, problems)
+    for rollout in flat(groups)[::3]:
+        rollout.finish_reason = "length"
+    masked, _ = gradient_of(policy, groups)
+    policy.config = dataclasses.replace(policy.config, mask_truncated=False)
+    every, _ = gradient_of(policy, groups)
+    kept, _ = gradient_of(policy, [[r for r in group if r.finish_reason != "length"] for group in groups])
+    assert (masked - kept).norm() < 5e-6 * kept.norm() and (masked - every).norm() > 0.1 * every.norm()
+
+
 @pytest.mark.parametrize("kl, cap, fails", [(0.0, 0.0, [0]), (0.1, 1.1, [1, 3, 18])])
 def test_a_micro_batch_that_does_not_fit_is_halved_and_no_gradient_changes(make, capsys, kl, cap, fails):
     """The device runs out of memory in the loss of the micro-batches `fails`, counted from 0, of two updates:

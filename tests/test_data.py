@@ -100,6 +100,9 @@ def test_files_without_traces_serve_where_none_is_needed(name, refusal, answers)
       "ground_truth_solution": THOUGHT}, "<think>t</think>\n\na", "72"),
     ({"trace": "#### 1,000\nThe answer is: 8"}, "#### 1,000\nThe answer is: 8", "1,000"),
     ({"trace": "#### Step 1\nSo \\boxed{3}."}, "#### Step 1\nSo \\boxed{3}.", "3"),
+    ({"trace": "<think>\n\\boxed{4}\n</think>\n#### Add\n1+2.\n#### 3"},
+     "<think>\n\\boxed{4}\n</think>\n#### Add\n1+2.\n#### 3", "3"),
+    ({"answer": "", "final_answer": "2", "solution": "", "generated_solution": "t"}, "t", "2"),
     ({"trace": r"\boxed{1}\boxed{\{\frac{1}{\sqrt{2}}.}."},
      r"\boxed{1}\boxed{\{\frac{1}{\sqrt{2}}.}.", r"\{\frac{1}{\sqrt{2}}."),
 ])
@@ -135,13 +138,15 @@ def test_the_first_verified_complete_generation_is_the_trace(write, right, right
     ("the question is empty, or does not end with the user's message",
      {**GOOD, "question": [{"role": "assistant", "content": "x"}]}),
     ("a role other than system, user, assistant", {**GOOD, "question": [{"role": "tool", "content": "x"}]}),
-    *[("a field of an unknown kind", {**GOOD, "question": value}) for value in (7, [], ["x"])],
+    *[("a field of an unknown kind", {**GOOD, "question": value}) for value in (7, ["x"])],
     ("problem_is_valid is not Yes", {**GOOD, "problem_is_valid": "No"}),
     ("solution_is_valid is not Yes", {**QUESTION, "solution": "s", "answer": "1", "solution_is_valid": "No"}),
     ("deepseek_grade is not Yes", {**QUESTION, "deepseek_thinking_trajectory": "t", "deepseek_grade": "No"}),
     ("an id that an earlier row has", {**GOOD, "id": "first"}),
     *[("not JSON in UTF-8", line) for line in (b'"\\ud800"', b"[" * 99999, b"9" * 5000, b'"\xff"', b"{")],
-    ("no object", b"7"), ("the question is empty", {**GOOD, "question": ""}),
+    ("no object", b"7"), ("the question is empty", {**GOOD, "question": " "}),
+    *[("no question", {**GOOD, "question": value}) for value in ("", [])],
+    ("a field of an unknown kind", {"messages": "a text", "answer": "1"}),
 ])
 def test_a_bad_row_is_left_out_and_counted(write, reason, row):
     """Whatever it holds: a line says how many and why; `strict`, or more bad than good, is an error."""
@@ -250,5 +255,5 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
     for content in (None, b"[{]", b"PAR1", b"\x1f\x8bx", gzip.compress(b"{}" * 99)[:-9], b"[" * 9999, b""):
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(ValueError, match="file cannot be read: |file: 0 of 0 rows"):
+        with pytest.raises(ValueError, match="file cannot be read: |file is empty: "):
             read(path)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, read_lines
+from cuts import find_cuts
 from data import read_data
 from model import Transformer
 from rewards import answers_match, math_reward
@@ -33,7 +34,8 @@ def base(name):
 
 
 def problems_of(name, file):
-    return read_data(EXAMPLES / name / file, lambda row: make_problem(row, base(name)[1], answers_match))
+    cut = functools.partial(find_cuts, matches=answers_match)
+    return read_data(EXAMPLES / name / file, lambda row: make_problem(row, base(name)[1], cut))
 
 
 def answer(question):

@@ -74,6 +74,9 @@ def test_a_step_is_shown_search_by_search(folder, capsys, monkeypatch):
         monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
         monkeypatch.setenv("NO_COLOR", no_color)
         assert report.main([f"{folder}"]) == 0 and ("\x1b" in capsys.readouterr().out) == codes
+    row = json.loads((folder / "samples.jsonl").read_text().split("\n")[0])
+    messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "3 + 4?"}]
+    assert ("plain", "system: Add.\nuser: 3 + 4?") in report.group_parts([row | {"question": messages}])
     plain = report.show(folder, 3)
     assert plain.startswith("step 3: no search\n\nproblem p1") and "[anchor" not in plain
 

@@ -1,4 +1,5 @@
 """What traces.py promises: ids, prompts, cuts and errors."""
+import functools
 import json
 import re
 
@@ -6,9 +7,10 @@ import pytest
 from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers, processors, trainers
 
 from conftest import ROOT
+from cuts import find_cuts, first_statement
 from data import Row
 from rewards import answers_match, math_reward
-from traces import HINT, Tokenizer, find_cuts, first_statement, make_problem, reach_lines
+from traces import HINT, Tokenizer, make_problem, reach_lines
 
 DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the public test data is not here")
@@ -58,7 +60,8 @@ def problem_of(tokenizer):
     def make_one(trace=TRACE, tokenizer=tokenizer, system=None, **fields):
         row = {"number": 3, "id": "a", "messages": [{"role": "user", "content": ASKED}], "answer": "12",
                "level": "2"} | fields
-        return make_problem(Row(trace=trace, **row), tokenizer, answers_match, system=system)
+        cut = functools.partial(find_cuts, matches=answers_match)
+        return make_problem(Row(trace=trace, **row), tokenizer, cut, system)
     return make_one
 
 
@@ -221,9 +224,10 @@ def test_base_models_stop_where_their_template_ends_a_turn(tmp_path, make, backe
     assert tokenizer.eos_id == backend.token_to_id("<|im_end|>")
     ends = [backend.token_to_id("<|endoftext|>"), tokenizer.eos_id]
     assert set(tokenizer.stop_token_ids) == {0, *ends}
-    plain = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
-    for refusal in ("", "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}"):
-        tokenizer = make(eos_token="<|endoftext|>", chat_template=plain + refusal)
+    plain = "<|im_start|>{% for m in messages %}{{ m.content }}\n{% endfor %}<|im_start|>"  # of the next turn
+    for refusal in ("", "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}",
+                    "{% set messages = messages[:1] %}"):
+        tokenizer = make(eos_token="<|endoftext|>", chat_template=refusal + plain)
         assert tokenizer.stop_token_ids == (ends[0],) and tokenizer.eos_id == ends[0]
 
 
