@@ -38,6 +38,7 @@ import os
 import random
 import sys
 import time
+import traceback
 from pathlib import Path
 
 # Threads that spin at barriers collapse as soon as another program takes a core (10 to 40 times slower,
@@ -204,8 +205,9 @@ class Policy:
         except Exception as error:  # whatever the user's function raises
             path = Path(self.config.output) / "reward_failed.json"
             write_whole(path, to_json({"id": problem.id, "answer": problem.answer, "completion": text}, 2))
-            raise RewardError(f"--reward {self.config.reward}: {error!r} at problem {problem.id}; the "
-                              f"completion stands in {path}") from error
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            raise RewardError(f"--reward {self.config.reward}: {error!r} at problem {problem.id} ({at.filename}, "
+                              f"line {at.lineno}); the completion is in {path}") from error
         return Rollout(problem, cut, prompt_ids, anchor_ids, completion.token_ids, completion.logprobs,
                        reward, completion.finish_reason, report.mean(completion.entropies))
 
@@ -265,7 +267,7 @@ def train(config):
             ended = ranks.interrupted() or is_stuck or state.progress(config) >= 1
             if ended or config.save_every and state.step % config.save_every == 0:
                 save(policy, optimizer, ranks, folder, state)
-    log.closing(folder, state, is_example=config.data == str(EXAMPLE / "train.jsonl"))
+    log.closing(folder, state, is_example=config == parse_args(["--output", config.output], EXAMPLE))
     ranks.leave()
     if is_stuck:
         raise FloatingPointError(f"{optimizer.skipped_in_a_row} updates in a row had a loss or gradient that "
@@ -330,7 +332,7 @@ def sample_groups(policy, points, step, purpose, trunk=None, group_size=None, te
             policy.shown[problem.id] = max(policy.shown.get(problem.id, 0), cut)
         policy.counts[f"groups/{purpose}"] += 1
         policy.counts[f"rollouts/{purpose}"] += len(group)
-        policy.counts[f"successes/{purpose}"] += num_successes(group)
+        policy.counts[f"rewards/{purpose}"] += sum(rollout.reward for rollout in group)
         policy.counts[f"tokens/{purpose}"] += sum(len(rollout.completion_ids) for rollout in judged)
     return groups
 
@@ -760,6 +762,9 @@ def begin(config, ranks, folder, optimizer, saved, say):
         history = before.pop("history", [])
         for name, was in before.items():
             now = options.get(name)
+            if name == "data_sha256" and now != was:
+                raise ValueError(f"--resume: {config.data} has changed since the run in {config.output} "
+                                 "began; start a new run in another --output")
             if name not in MAY_DIFFER and now != was:
                 raise ValueError(f"--resume: {name} is {now!r}, but the run in {config.output} has {was!r}; "
                                  "start a new run in another --output")
@@ -769,6 +774,8 @@ def begin(config, ranks, folder, optimizer, saved, say):
         tensors, record = load(saved, optimizer.owns)
         optimizer.restore(tensors)
         state = State(**record)
+        if config.steps < state.step:
+            raise ValueError(f"--resume: the run has done {state.step} steps, --steps is {config.steps}")
         say(f"continues from {saved.name} at step {state.step}")
     if folder:
         for name in ("metrics.jsonl", "samples.jsonl", "probes.jsonl"):

@@ -17,7 +17,8 @@ from pathlib import Path
 POSITIVE = 1e-30  # the lowest value of a number that must be above 0
 # What other trainers call the same thing, where the spelling is not near.
 OTHER_NAMES = {
-    "learning-rate": "lr", "beta": "kl", "epsilon": "clip-low", "epsilon-high": "clip-high",
+    "learning-rate": "lr", "beta": "kl", "kl-coef": "kl", "batch-size": "problems-per-step",
+     "epsilon": "clip-low", "epsilon-high": "clip-high",
     "num-generations": "group-size", "max-completion-length": "max-new-tokens", "max-steps": "steps",
     "per-device-train-batch-size": "problems-per-step", "train-batch-size": "problems-per-step",
     "model-name-or-path": "model", "dataset": "data", "dataset-name": "data", "output-dir": "output",
@@ -53,7 +54,7 @@ class Config:
     system: str = option("", "system message in front of every question")
     template_args: str = option("", "arguments of the chat template, JSON: '{\"enable_thinking\": false}'")
     reward: str = option("math", "math, math_verify, or FILE.py:NAME, a function (completion, answer, "
-                         "problem) -> float, or None to leave a rollout out")
+                         "problem) -> float, above 0 for a success, or None")
     # Algorithm 1: which probe ends a search, and what becomes of a problem without one.
     anchor_low: int = option(1, "fewest successes with which a probe is accepted", 1,
                              heading="search for anchors")
@@ -122,8 +123,9 @@ class Config:
         if self.group_size < 2:
             raise ValueError("--group-size is 1, it must be at least 2: an advantage compares rollouts")
         if not self.anchor_low <= (self.anchor_high or self.group_size - 1) <= self.group_size:
-            raise ValueError(f"--anchor-low {self.anchor_low} and --anchor-high {self.anchor_high} must be a "
-                             f"range within --group-size {self.group_size}")
+            raise ValueError(f"--anchor-low {self.anchor_low} and --anchor-high "
+                             f"{self.anchor_high or self.group_size - 1} must be a range within --group-size "
+                             f"{self.group_size}")
 
 
 def flag_of(field):
@@ -158,7 +160,7 @@ def no_flag(word):
     name = word.strip("-").replace("_", "-").lower()
     name = OTHER_NAMES.get(name, name)
     names = [flag_of(field)[2:] for field in dataclasses.fields(Config)]
-    near = difflib.get_close_matches(name, names, 1)
+    near = difflib.get_close_matches(name, names, 1, cutoff=0.7)
     if name and name not in names:  # the beginning of a name is nearer than a likeness
         near = [full for full in names if full.startswith(name)] or near
     return f"{word} is no flag;" + " or".join(f" --{full}" for full in near) + " is meant?" * bool(near)
@@ -224,14 +226,15 @@ def flags_of_run(parser, path):
     """The options in a run.json as a list of flags; ValueError if `parser` does not know them."""
     flags = []
     try:
-        for name, value in json.loads(path.read_bytes()).items():
+        options = json.loads(path.read_bytes())
+        for name, value in {"model": options["model"], **options}.items():  # that at least it has
             # Hashes and history are no options; what replaced an older run must not replace this one.
             if name in ("data_sha256", "eval_sha256", "history", "overwrite") or value is False:
                 continue
             flag = "--" + name.replace("_", "-")
             flags.append(flag if value is True else f"{flag}={value}")
         parser.parse_args(flags)
-    except (OSError, ValueError, AttributeError) as error:  # the last one: JSON, but no object
+    except (OSError, ValueError, TypeError, KeyError) as error:  # the last two: JSON, but not ours
         raise ValueError(f"--resume: {path} is missing, damaged or of another version ({error}): start "
                          "without --resume, or give the --output of another run") from None
     return flags
@@ -250,6 +253,10 @@ def check_paths(config):
             line += (f"; to take it from the Hugging Face hub, type `hf download {kind}{path} "
                      f"--local-dir {name}` and then {flag} {name}" + "/FILE" * bool(kind))
         raise ValueError(line)
+    if not (Path(config.model) / "config.json").is_file():
+        raise ValueError(f"--model {config.model} is no model folder: it holds no config.json")
+    if config.write_hard and Path(config.write_hard).exists() and not config.overwrite:
+        raise ValueError(f"--write-hard is {config.write_hard}, which exists: give another, or --overwrite")
     if config.write_hard and not Path(config.write_hard).parent.is_dir():
         raise ValueError(f"--write-hard is {config.write_hard}, whose folder does not exist: create it first")
 

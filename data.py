@@ -126,7 +126,7 @@ def _read_row(row, number, fields, needs_trace):
         raise ValueError(f"a field of an unknown kind: {error}") from error
     name = str(number if row.get("id") in (None, "") else row["id"])
     levels = [str(row[key]) for key in ("level", "difficulty") if row.get(key) is not None]
-    way = f"question from {asked}, trace from {traced}, answer from {answered}"
+    way = f"question from {asked}, " + f"trace from {traced}, " * needs_trace + f"answer from {answered}"
     used = HEEDED.union(re.split("[ .,()]+", way))
     unused = ", ".join(key for key in row if key not in used and key.isprintable()) or "nothing"
     return Row(number, name, messages, trace, answer, [*levels, ""][0]), f"{way}; not used: {unused:.300}"
@@ -137,7 +137,7 @@ def _find(row, fields, what, names, stated={}):
     `stated` are what other fields say."""
     own = fields.get(what)
     for name in [own] if own else names:
-        value = row | stated
+        value = row if own else row | stated
         for key in name.split("."):
             value = {str(i): item for i, item in enumerate(value)} if isinstance(value, list) else value
             value = value.get(key) if isinstance(value, dict) else None
@@ -145,7 +145,11 @@ def _find(row, fields, what, names, stated={}):
             raise ValueError(f"{VALID[name]} is not Yes: {row[VALID[name]]!r:.40}")
         if value not in (None, "", []):
             return name, value
-    raise ValueError(f"no {f'field {own}' if own else what}: --{what}-field names one of {list(row)!r:.300}")
+    names = list(row)
+    for outer in (name for name in row if isinstance(row[name], dict)):
+        names += [f"{outer}.{inner}" for inner in row[outer]]
+    names = ", ".join(names)
+    raise ValueError(f"no {f'field {own}' if own else what}: --{what}-field names one of {names:.300}")
 
 
 def _messages(published):

@@ -16,20 +16,19 @@ def is_right(answer):
 def summarise(rows):
     """What the rows of eval.jsonl amount to: {name: number}, shares of 1.
 
-    A sample succeeds with a reward above 0. pass@k is the unbiased estimate (arXiv 2107.03374), intervals are
-    of 95%: Wilson's for greedy answers, by the spread between problems for sampled ones.
+    A sample succeeds with a reward above 0. pass@k is the unbiased estimate (arXiv 2107.03374).
     """
-    counts = [len(row["samples"]) for row in rows]  # fewer where a reward function said None
+    num_samples = len(rows[0]["samples"])
     successes = [sum(map(is_right, row["samples"])) for row in rows]
-    accuracies = [c / n for c, n in zip(successes, counts)]
+    accuracies = [count / num_samples for count in successes]
     samples = [sample for row in rows for sample in row["samples"]]
-    summary = {"problems": len(rows), "samples": max(counts), **accuracy_of(rows),
-               "greedy_interval": wilson(sum(is_right(row["greedy"]) for row in rows), len(rows)),
-               "accuracy_interval": spread(accuracies)}
-    powers = [2 ** i for i in range(max(counts).bit_length())]
-    for k in sorted({max(counts), *powers}):
+    summary = {"problems": len(rows), "samples": num_samples, **accuracy_of(rows),
+               "greedy_interval": interval([float(is_right(row["greedy"])) for row in rows]),
+               "accuracy_interval": interval(accuracies)}
+    powers = [2 ** i for i in range(num_samples.bit_length())]
+    for k in sorted({num_samples, *powers}):
         # Of all choices of k samples, those that hold no success.
-        failing = [math.comb(n - c, min(k, n)) / math.comb(n, min(k, n)) for c, n in zip(successes, counts)]
+        failing = [math.comb(num_samples - count, k) / math.comb(num_samples, k) for count in successes]
         summary[f"pass@{k}"] = 1 - statistics.fmean(failing)
     summary["cut_off"] = statistics.fmean(sample["finish_reason"] == "length" for sample in samples)
     summary["without_answer"] = statistics.fmean(sample["answer"] is None for sample in samples)
@@ -50,26 +49,24 @@ def natural(level):
 
 def accuracy_of(rows):
     """Problems, and shares of right greedy and right sampled answers."""
-    # All samples count alike, whatever their problem.
     samples = [sample for row in rows for sample in row["samples"]]
     return {"problems": len(rows), "greedy": statistics.fmean(is_right(row["greedy"]) for row in rows),
             "accuracy": statistics.fmean(map(is_right, samples))}
 
 
-def wilson(successes, trials, z=1.96):
-    """95% interval of a share, [low, high], sound near 0 and 1."""
-    # E. B. Wilson, Probable inference, the law of succession, and statistical inference, 1927.
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return [(centre - half) / (1 + z * z / trials), (centre + half) / (1 + z * z / trials)]
-
-
-def spread(values, z=1.96):
-    """95% interval of a mean over problems; samples of one problem are not independent of each other."""
-    # Of one problem nothing is known.
-    half = z * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.5
-    return [max(0.0, statistics.fmean(values) - half), min(1.0, statistics.fmean(values) + half)]
+def interval(shares, z=1.96):
+    """95% interval of the mean of one share (0 to 1) per problem, [low, high]: Wilson's, sound near 0 and 1,
+    for as many independent trials as the spread between problems is worth."""
+    # E. B. Wilson, Probable inference, the law of succession, and statistical inference, 1927. Samples of one
+    # problem are not independent of each other: the problems are the trials, more if their shares differ less
+    # than 0 and 1 do.
+    share = statistics.fmean(shares)
+    variance = statistics.pvariance(shares, share)
+    trials = len(shares) * share * (1 - share) / variance if variance else len(shares)
+    scale = 1 + z * z / trials
+    centre = (share + z * z / (2 * trials)) / scale
+    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / scale
+    return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
 def summary_lines(config, summary):

@@ -60,7 +60,8 @@ class Plan:
         verdict = "fits" if self.fits else f"does not fit: {self.advice or 'no flag is enough'}"
         out.append(f"{'peak':<11} {self.needed / GB:>6.3g} of {self.capacity / GB:.3g} GB: {verdict}; "
                    f"micro-batches of {self.micro_batch_tokens} tokens")
-        return [*out, f"a step      {self.tokens}"]
+        # An evaluation has no steps.
+        return [*out, f"a step      {self.tokens}"] if "training" in self.phases else out
 
 
 def count_parameters(shape):
@@ -169,9 +170,10 @@ def estimate(shape, config, lengths, capacity, on_cuda, num_ranks):
         phases |= {"training": gradients | training, "optimizer": gradients | slices}
     unaided = config.problems_per_step * config.group_size * config.max_new_tokens
     probes = math.ceil(math.log2(config.max_episodes))
-    text = (f"at most {unaided:,} tokens sampled unaided, as many in each of {probes} rounds of probes, "
-            f"{unaided:,} trained on")
-    if config.method == "sft":
+    text = f"at most {unaided:,} tokens sampled unaided, {unaided:,} trained on"
+    if config.method == "bread":
+        text += f", and as many in each of {probes} rounds of probes"
+    elif config.method == "sft":
         text = f"{config.problems_per_step} traces, all of them trained on"
     return Plan(capacity, always, phases, host, rows, trunk, tokens, text)
 

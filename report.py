@@ -133,7 +133,7 @@ def measure(config, batch, logprobs_N, entropies_N, is_first):
 def step_metrics(sums):
     """Summed counts of a step -> metrics, by TRL's names where the meaning is the same."""
     return {
-        "reward": ratio(sums["successes/base"], sums["rollouts/base"]),
+        "reward": ratio(sums["rewards/base"], sums["rollouts/base"]),
         "reward/train": ratio(sums["groups/reward"], sums["groups/rollouts"]),
         "frac_reward_zero_std": ratio(sums["groups/flat"], sums["groups"]),
         "rewards/none": sums["rollouts/unjudged"],  # a user's reward had no opinion: left out of the group
@@ -365,6 +365,11 @@ def step_line(config, row, seconds_left):
         parts.append(f"{searched}  {found:<32}")
     elif row["frac_reward_zero_std"] is not None and config.method != "sft":
         parts.append(f"{1 - row['frac_reward_zero_std']:4.0%} of groups have a gradient")
+    # What a run may be wasted on.
+    if row["rewards/none"]:
+        parts.append(f"{row['rewards/none']} without a reward")
+    if (row["completions/clipped_ratio"] or 0) > 0.5:
+        parts.append(f"{row['completions/clipped_ratio']:.0%} cut off")
     if row["tokens/sampled"]:
         parts.append(f"{row['tokens/sampled'] / 1000:5.0f}k tokens")
     parts.append(f"ETA {int(seconds_left) // 60}:{int(seconds_left) % 60:02d}")
@@ -542,6 +547,9 @@ def main(argv=None):
             raise ValueError("several runs are drawn, not shown: add --plot FILE.png, or give one RUN")
         else:
             print(show(args.folders[0], args.step, coloured))
+        sys.stdout.flush()
+    except BrokenPipeError:  # head has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 2

@@ -64,6 +64,9 @@ class Tokenizer:
         if isinstance(template, list):  # [{"name": .., "template": ..}, ..]
             template = {entry["name"]: entry["template"] for entry in template}.get("default", NO_DEFAULT)
         self._template = _read(folder / "chat_template.jinja", bytes.decode, absent=template)
+        for name in template_args:
+            if not re.search(rf"\b{re.escape(name)}\b", self._template):
+                raise ValueError(f"--template-args has {name!r}, which the template of {folder} never uses")
         added = self._backend.get_added_tokens_decoder()
         special = {token.content: i for i, token in added.items() if token.special}
         turn_end = find_turn_end(self._prompt_text, special, stops) if self._template else None
@@ -245,21 +248,21 @@ def reach_lines(problems, tokenizer, max_new_tokens):
     near = sum(cut < max_new_tokens for cut in cuts)
     num_without = sum(not problem.cuts for problem in problems)
     reach = f"{near} of {len(cuts)} cuts are in reach of --max-new-tokens {max_new_tokens}"
-    # Behind the last cut an answer may be as long as what is left of the trace.
-    all_reached = f"--max-new-tokens {max(lengths)} reaches all"
+    # Behind a cut an answer may be as long as what is left of the trace.
+    all_reached = f"--max-new-tokens {max(lengths)} has room for all"
     lines = [f"traces of {min(lengths)} to {max(lengths)} tokens (median {statistics.median(lengths):.0f}), "
              f"{len(cuts) / num:.1f} cuts each, {num_without} without a cut; {reach}"]
-    if near < len(cuts):
+    if max(lengths) > max_new_tokens:
         lines[0] += f"; {all_reached}"
     if not cuts:
         lines.append("\n!!! WARNING: no trace has a place for an anchor: BREAD is GRPO here\n")
     elif 2 * near < len(cuts):
-        lines.append(f"\n!!! WARNING: only {reach}; without anchors BREAD is GRPO: {all_reached}\n")
+        lines.append(f"\n!!! WARNING: {reach}; without anchors BREAD is GRPO: {all_reached}\n")
     num_thinking = sum("</think>" in problem.trace for problem in problems)
     if tokenizer.thinks and 2 * num_thinking < num:
         lines.append(f"warning: the template lets the model think, {num - num_thinking} of {num} traces do "
                      "not; where it knows the argument: --template-args '{\"enable_thinking\": false}'")
     elif not tokenizer.thinks and 2 * num_thinking > num:
-        lines.append(f"warning: {num_thinking} of {num} traces think (<think>), the template does not: the "
-                     "model has to learn that, too")
+        lines.append(f"warning: {num_thinking} of {num} traces think (<think>), the template does not: "
+                     "anchors are in a form that the model does not write by itself")
     return lines

@@ -179,6 +179,8 @@ def test_a_token_budget_ends_the_run_and_its_last_step_has_a_rate(flags, tmp_pat
     common = f"--method grpo --group-size {G} --eval-data '' --lr-decay 1"
     assert bread.main(flags(tmp_path / "run", f"{common} --steps 1")) == 0
     capsys.readouterr()
+    assert bread.main(flags(tmp_path / "run", f"{common} --steps 0 --resume")) == 2
+    assert "the run has done 1 steps, --steps is 0" in one_line(capsys)
     for notes in (["--steps 9, not 1", "--token-budget 2000, not 0"], []):
         assert bread.main(flags(tmp_path / "run", f"{common} --steps 9 --token-budget 2000 --resume")) == 0
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--resume")]
@@ -311,7 +313,7 @@ def test_eval_writes_every_answer_and_what_they_amount_to(flags, data, tmp_path,
     --write-hard keeps the rows, as they were, that no sample solved. A second time replaces all."""
     hard = tmp_path / "hard.jsonl"
     for seed in (1, 0):
-        more = f"--eval --eval-samples 6 --write-hard {hard} --seed {seed}"
+        more = f"--eval --eval-samples 6 --write-hard {hard} --seed {seed} {'--overwrite' * hard.exists()}"
         assert bread.main(flags(tmp_path / "run", more)) == 0
     rows = read_lines(tmp_path / "run" / "eval.jsonl")
     summary = json.loads((tmp_path / "run" / "eval.json").read_text())
@@ -341,8 +343,10 @@ def test_what_answers_amount_to():
                 "pass@2": 1 / 3, "pass@3": 1 / 2, "cut_off": 1 / 6, "without_answer": 1 / 6, "mean_tokens": 4}
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert found["levels"]["1"] == pytest.approx({"problems": 1, "greedy": 1.0, "accuracy": 1 / 3})
-    assert evaluation.wilson(10, 100) == pytest.approx([0.0552, 0.1744], abs=1e-4)
-    assert evaluation.wilson(0, 10)[0] == pytest.approx(0.0, abs=1e-12)
+    assert evaluation.interval([1.0] * 10 + [0.0] * 90) == pytest.approx([0.0552, 0.1744], abs=1e-4)
+    assert evaluation.interval([0.0] * 10) == pytest.approx([0.0, 0.2775], abs=1e-4)
+    halves = evaluation.interval([0.5] * 10 + [0.0] * 10)  # between problems there is less than chance
+    assert halves[0] > evaluation.interval([1.0] * 5 + [0.0] * 15)[0] and halves[1] < 0.45
 
 
 REWARD = """
@@ -352,6 +356,8 @@ def graded(completion, answer, problem):
     if len(calls) == 30:
         {action}
     return None if len(calls) % 3 == 0 else 0.5 * (answer in completion)
+def right(completion, answer, problem):
+    return answer in completion
 """
 
 
@@ -364,6 +370,11 @@ def test_a_users_reward_is_heard(flags, tmp_path):
     assert row["rewards/none"] == 6 and 0 <= row["reward/train"] <= 0.5
     samples = read_lines(tmp_path / "run" / "samples.jsonl")
     assert len(samples) == 4 and {sample["reward"] for sample in samples} <= {0.0, 0.5}
+    # In metrics "reward" is the mean of what the function says; True is 1.
+    assert row["reward"] == row["reward/train"] <= 0.5
+    assert bread.main(flags(tmp_path / "bool", more.replace(":graded", ":right"))) == 0
+    row, = read_lines(tmp_path / "bool" / "metrics.jsonl")
+    assert row["rewards/none"] == 0 and row["reward"] > 0 and row["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("action, words", [
@@ -434,11 +445,13 @@ def test_counts_of_groups_become_metrics():
     ("grpo", {}, "step   7/200  reward 0.25   75% of groups have a gradient     12k tokens  ETA 1:05"),
     ("sft", {"reward": None, "tokens/sampled": 0}, "step   7/200  loss 0.5000  ETA 1:05"),
     ("f.py:questa", {"reward": None}, "reward behind anchors 0.50"),
+    ("grpo", {"rewards/none": 3, "completions/clipped_ratio": 0.51}, "  3 without a reward  51% cut off  "),
     ("bread", {"eval/accuracy": 0.25, "eval/greedy": 0.5}, "5  | held out: greedy 50.0%, sampled 25.0%")])
 def test_a_step_is_one_line(method, changes, expected):
     """Reward without help, who needed an anchor and how long it was, cost, time left, accuracy."""
     row = {"step": 7, "reward": 0.25, "reward/train": 0.5, "loss": 0.5, "frac_reward_zero_std": 0.25,
-           "anchor/searched": 3, "anchor/accepted": 2, "anchor/fraction": 0.4, "tokens/sampled": 12000}
+           "anchor/searched": 3, "anchor/accepted": 2, "anchor/fraction": 0.4, "tokens/sampled": 12000,
+           "rewards/none": 0, "completions/clipped_ratio": 0.5}
     line = report.step_line(Config(method=method), row | changes, 65.4)
     assert expected in line and "\n" not in line
 

@@ -241,6 +241,8 @@ def test_template_arguments_and_what_a_prompt_says_of_thinking(make):
     tokenizer = make(files, template_args={"enable_thinking": False})
     assert prompt(tokenizer, "Why?") == WHY + "<think>\n\n</think>\n\n"
     assert (tokenizer.thinks, tokenizer.opens_thinking, tokenizer.closes_thinking) == (False, False, True)
+    with pytest.raises(ValueError, match="--template-args has 'enable_thinkng', which the template of"):
+        make(files, template_args={"enable_thinkng": False})
 
 
 @pytest.mark.slow
@@ -445,8 +447,8 @@ def test_what_a_reader_is_told_of_traces(problem_of, make):
     assert "3.0 cuts each, 0 without" in line and "3 of 3 cuts are in reach" in line
     line, warning = reach_lines([problem], tokenizer, problem.cuts[0] + 1)
     reach = f"1 of 3 cuts are in reach of --max-new-tokens {problem.cuts[0] + 1}"
-    assert line.endswith(f"{reach}; --max-new-tokens {size} reaches all")
-    assert warning.startswith(f"\n!!! WARNING: only {reach}; ")
+    assert line.endswith(f"{reach}; --max-new-tokens {size} has room for all")
+    assert warning.startswith(f"\n!!! WARNING: {reach}; ")
     assert "no trace has a place" in reach_lines([problem_of("12")], tokenizer, 9)[1]
     thinking = problem_of("<think>\nOne.\n\nTwo.\n</think>\n\n12")
     assert "warning: 1 of 1 traces think" in reach_lines([thinking], tokenizer, 99)[1]
