@@ -75,9 +75,9 @@ def test_a_path_that_is_none_says_what_to_type(tmp_path, monkeypatch):
         with pytest.raises(ValueError) as error:
             check_paths(Config(**good | {name: path}))
         assert str(error.value) == f"--{name.replace('_', '-')} {path} {expected}"
-    for path, words in ((good["data"], "which exists"), (f"{CHAIN}/nowhere/a.jsonl", "folder does not exist")):
+    for path, words in ((good["data"], "which exists"), (f"{CHAIN}/new/a", "folder does not exist")):
         with pytest.raises(ValueError, match=f"--write-hard is {path}, .*{words}"):
-            check_paths(Config(**good, write_hard=path))
+            check_paths(Config(**good, write_hard=path, eval=True))
 
 
 def test_a_resumed_run_has_its_own_flags_and_given_ones_win(tmp_path):
@@ -98,7 +98,8 @@ def test_a_resumed_run_has_its_own_flags_and_given_ones_win(tmp_path):
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("content", [None, "{", "[1]", "{}", '{"lr": "high"}', '{"epochs": 3}', '{"steps": true}'])
+@pytest.mark.parametrize("content", [
+    None, "{", "[1]", "{}", '{"lr": "high"}', '{"epochs": 3}', '{"steps": true}'])
 def test_a_damaged_run_json_is_one_line_that_names_it(tmp_path, content):
     """Missing, cut off, no object, a value or an option that this version does not have."""
     if content:
