@@ -206,8 +206,8 @@ class Policy:
             path = Path(self.config.output) / "reward_failed.json"
             write_whole(path, to_json({"id": problem.id, "answer": problem.answer, "completion": text}, 2))
             at = traceback.extract_tb(error.__traceback__)[-1]
-            raise RewardError(f"--reward {self.config.reward}: {error!r} ({at.filename}, line {at.lineno}) at "
-                              f"problem {problem.id}; the completion is in {path}") from error
+            raise RewardError(f"--reward {self.config.reward}: {error!r} ({at.filename}, line {at.lineno}) "
+                              f"at problem {problem.id}; the completion is in {path}") from error
         return Rollout(problem, cut, prompt_ids, anchor_ids, completion.token_ids, completion.logprobs,
                        reward, completion.finish_reason, report.mean(completion.entropies))
 
