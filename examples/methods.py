@@ -228,3 +228,4 @@ uft.loss = relift.loss = loss_with_traces(lambda logprobs_N: logprobs_N)
 luffy.loss = loss_with_traces(lambda logprobs_N: torch.sigmoid(logprobs_N - math.log(0.1)))
 nft = functools.partial(bread.grpo)  # the same groups, but a loss of its own
 nft.loss = nft_loss
+nft.needs_trace = False

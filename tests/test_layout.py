@@ -39,7 +39,7 @@ LINES = {"bread.py": 931, "config.py": 287, "model.py": 562, "sampler.py": 573, 
          "plan.py": 227, "report.py": 560, "cuts.py": 201, "evaluation.py": 87,
          "kernels": 721}
 SHIPPED_LINES = 5694
-TEST_LINES = 6397  # 4,500 were asked for; 289 prove the methods and the search, 220 fused kernels
+TEST_LINES = 6415  # 4,500 were asked for; 289 prove the methods and the search, 220 fused kernels
 # and graphs, 360 memory: the plan, masters, halves, files of all ranks
 BENCH_LINES = 2323  # anchors.py 114; memory.py, attention.py, trl_step.py are 340 of them
 

@@ -183,9 +183,14 @@ def test_a_token_budget_ends_the_run_and_its_last_step_has_a_rate(flags, tmp_pat
     assert "the run has done 1 steps, --steps is 0" in one_line(capsys)
     for notes in (["--steps 9, not 1", "--token-budget 2000, not 0"], []):
         assert bread.main(flags(tmp_path / "run", f"{common} --steps 9 --token-budget 2000 --resume")) == 0
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--resume")]
+        out = capsys.readouterr().out
+        lines = [line for line in out.splitlines() if line.startswith("--resume")]
+        last = json.loads((tmp_path / "run" / "run.json").read_text())["history"][-1]["step"]
+        assert f"continues from checkpoint-{last} at step {last}\n" in out
         assert len(lines) == len(notes) and all(note in line for note, line in zip(notes, lines))
+    history = json.loads((tmp_path / "run" / "run.json").read_text())["history"]
     rows = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [process["step"] for process in history] == [0, 1, len(rows)]
     spent = [0, *(row["tokens/sampled"] for row in rows)]
     assert 2 < len(rows) < 9 and spent[-2] < 2000 <= spent[-1]
     expected = [1e-3 * (1 - max(tokens / 2000, step / 9)) for step, tokens in enumerate(spent[:-1])]
@@ -347,6 +352,20 @@ def test_what_answers_amount_to():
     assert evaluation.interval([0.0] * 10) == pytest.approx([0.0, 0.2775], abs=1e-4)
     halves = evaluation.interval([0.5] * 10 + [0.0] * 10)  # between problems there is less than chance
     assert halves[0] > evaluation.interval([1.0] * 5 + [0.0] * 15)[0] and halves[1] < 0.45
+
+
+def test_only_methods_that_use_traces_need_them(flags, tmp_path, data, capsys):
+    """Rows without: GRPO trains, an evaluation is the same, BREAD says what can use the file."""
+    rows = read_lines(data / "train.jsonl")
+    rows = [{"question": row["question"], "answer": row["answer"]} for row in rows]
+    (tmp_path / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = f"--data {tmp_path / 'bare.jsonl'} --eval-data {tmp_path / 'bare.jsonl'} --steps 1 --group-size {G}"
+    assert bread.main(flags(tmp_path / "grpo", f"{more} --method grpo")) == 0
+    assert read_lines(tmp_path / "grpo" / "metrics.jsonl")[-1]["anchor/shown"] == 0
+    capsys.readouterr()
+    assert bread.main(flags(tmp_path / "bread", more)) == 2
+    assert "no trace in any row: only --method grpo can use this file" in one_line(capsys)
+    assert bread.main(flags(tmp_path / "kept", f"{more} --method grpo --on-fail expert")) == 2
 
 
 REWARD = """
