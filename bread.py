@@ -698,8 +698,12 @@ def to_problem(config, tokenizer, window, needs_trace, row):
         found = extract_answer(row.trace)
         if found is not None and not answers_match(found, gold):
             raise ValueError(f"the trace contradicts the answer: {found!r:.60} for {gold!r:.60}")
-    cut = functools.partial(find_cuts, matches=answers_match, max_episodes=config.max_episodes)
-    problem = make_problem(row, tokenizer, cut, config.system or None)
+
+    def cuts_of(trace, offsets, answer):
+        cuts = find_cuts(trace, offsets, answer, answers_match, config.max_episodes)
+        # Whatever find_cuts may miss: an anchor that is paid by itself would be learned within steps.
+        return [cut for cut in cuts if not math_reward(trace[:offsets[cut - 1][1]], answer)]
+    problem = make_problem(row, tokenizer, cuts_of, config.system or None)
     size = len(problem.prompt_ids)
     hint_room = HINT_ROOM if config.anchor_placement == "hint" else 0  # for a line around the anchor's text
     if size + hint_room + config.max_new_tokens > window:

@@ -35,7 +35,7 @@ WORDS = (r"\b(?:is|are|was|were|(?<!not )(?<!cannot )(?<!n['’]t )be|been|being
          r"|[Tt]herefore|total of|in total|left with|arriv(?:e|es|ing) at|end(?:s|ing)? up (?:at|with|as)"
          r"|(?:com(?:es?|ing)|came|adds?|sums?|simplif(?:y|ies)|reduces?|evaluates?|amounts?|works?|rounds?)"
          r"(?: up| out| down)? to|comes? out (?:at|as)|result(?:s|ing)? in)\b")
-HEADS = (r"\b(?:[Aa]nswer|[Rr]esult|[Tt]otal|[Ss]olution)(?:\W{0,4}:|\*{0,2}\s*\n|\s[-–—]\s"
+HEADS = (r"\b(?:[Aa]nswer|ANSWER|[Rr]esult|[Tt]otal|[Ss]olution)(?:\W{0,4}:|\*{0,2}\s*\n|\s[-–—]\s"
          r"|(?=\s*(?:\$|\\[(\[])))|####")
 BETWEEN = (r"(?:,?\s+(?:to|about|around|roughly|nearly|approx(?:imately|\.)?|exactly|precisely|just|simply"
            r"|only|indeed|really|again|then|thus|therefore|still|actually|now|also|always|likely|probably"
@@ -152,7 +152,7 @@ def values(window, closing, answer):
         if closing:
             is_whole = rest.lstrip().startswith(closing)
         elif is_letter:  # "A is at": an option or a name stands before a stop
-            is_whole = not re.match(r"\s?[a-z+=*/^-]", rest)
+            is_whole = not re.match(r" [a-z]| ?(?:[+=/^-]|\*(?!\*))", rest)
         else:
             is_whole = not GOES_ON.match(rest)
         if is_whole and given and given[-1] not in "+-*/×·^":

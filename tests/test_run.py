@@ -358,8 +358,9 @@ def test_only_methods_that_use_traces_need_them(flags, tmp_path, data, capsys):
     """Rows without: GRPO trains, an evaluation is the same, BREAD says what can use the file."""
     rows = read_lines(data / "train.jsonl")
     rows = [{"question": row["question"], "answer": row["answer"]} for row in rows]
-    (tmp_path / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more = f"--data {tmp_path / 'bare.jsonl'} --eval-data {tmp_path / 'bare.jsonl'} --steps 1 --group-size {G}"
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = f"--data {bare} --eval-data {bare} --steps 1 --group-size {G}"
     assert bread.main(flags(tmp_path / "grpo", f"{more} --method grpo")) == 0
     assert read_lines(tmp_path / "grpo" / "metrics.jsonl")[-1]["anchor/shown"] == 0
     capsys.readouterr()

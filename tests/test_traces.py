@@ -1,11 +1,14 @@
 """What traces.py promises: ids, prompts, cuts and errors."""
 import functools
 import json
+import random
 import re
 
 import pytest
 from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers, processors, trainers
 
+import bread
+from config import Config
 from conftest import ROOT
 from cuts import find_cuts, first_statement
 from data import Row
@@ -333,6 +336,32 @@ def test_a_claim_is_recognised_in_any_spelling(answer, given):
     """All that answers_match accepts, and plain notation for LaTeX's; not a word more: "a vowel" is no A."""
     assert cuts_of(f"start\nThis is {given}.\nnext\nend", answer) == [6]
     assert len(cuts_of("start\nThis is a vowel, 7 of 9.\nnext\nend", answer)) == 3
+
+
+def test_what_the_reward_pays_is_a_statement(tokenizer):
+    """3,000 texts that end a sentence in the answer; and of spellings that are paid but not recognised no
+    anchor is left, since the reward is asked as well."""
+    rng = random.Random(0)
+    golds = ["5", "B", r"\frac{1}{2}", "1,000", r"\sqrt{2}", "(1,2)", "x^2+1", "-3", "Evelyn", r"5\text{ m}",
+             "7:30", r"\{1,2\}", "10%"]
+    heads = ["The answer is", "Answer:", "**Answer:**", "ANSWER:", "#### ", "<answer>", "the answer $",
+             "answer is:\n"]
+    middles = [" ", "$", "\\(", "**", " the ", " about ", "x = ", '"']
+    ends = ["", ".", "$", "\\)", "**", " cm", "!", " or so", ", no", "%", " (a)", " because", "</answer>", "°",
+            " = 5", "\nnext", ". So"]
+    num_paid = 0
+    for _ in range(3000):
+        gold = rng.choice(golds)
+        text = rng.choice(heads) + rng.choice(middles) + gold + rng.choice(ends)
+        if math_reward(text, gold):
+            num_paid += 1
+            assert first_statement(text + "\n\nlast", gold, answers_match) < len(text), (gold, text)
+    assert num_paid > 1000
+    trace = "Think.\n\nThe answer is 7, 5.0\n\nDone.\n\nYes."
+    row = Row(1, "a", [{"role": "user", "content": ASKED}], trace, "7, 5", "")
+    first, _, _ = cuts_of(trace, "7, 5")
+    problem = bread.to_problem(Config(max_new_tokens=9), tokenizer, 999, True, row)
+    assert tokenizer.decode(problem.expert_ids[:problem.cuts[-1]]) == trace[:first] and len(problem.cuts) == 1
 
 
 def test_thinking_is_cut_inside_only():
