@@ -347,7 +347,7 @@ def test_what_the_reward_pays_is_a_statement(tokenizer):
     heads = ["The answer is", "Answer:", "**Answer:**", "ANSWER:", "#### ", "<answer>", "the answer $",
              "answer is:\n"]
     middles = [" ", "$", "\\(", "**", " the ", " about ", "x = ", '"']
-    ends = ["", ".", "$", "\\)", "**", " cm", "!", " or so", ", no", "%", " (a)", " because", "</answer>", "°",
+    ends = ["", ".", "$", "\\)", "**", " cm", "!", " or so", ", no", "%", " (a)", " because", "</answer>",
             " = 5", "\nnext", ". So"]
     num_paid = 0
     for _ in range(3000):
