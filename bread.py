@@ -67,7 +67,8 @@ from evaluation import is_right, summarise, summary_lines
 from packing import Prefixes, forward_suffixes, halve, make_batches
 from parallel import MasterAdamW, Ranks
 from plan import host_memory, make_plan
-from rewards import answers_match, extract_answer, math_reward, math_verify_reward, parse_gold
+from rewards import (answers_match, extract_answer, math_reward, math_verify_reward, parse_gold,
+                     without_cut_word)
 from sampler import Fork, Places, SamplingParams, branch, prefill
 from traces import Problem, Tokenizer, make_problem, reach_lines
 
@@ -197,6 +198,8 @@ class Policy:
         # Told where the prompt opened a thought: a box inside one that never closes is no answer.
         opening = "<think>\n" if self.tokenizer.opens_thinking else ""
         text = opening + self.tokenizer.decode(anchor_ids + completion.token_ids)
+        if completion.finish_reason == "length" and self.config.reward in REWARDS:
+            text = without_cut_word(text)
         try:
             reward = self.reward(text, problem.answer, problem)
             if not (reward is None or isinstance(reward, numbers.Real) and math.isfinite(reward)):

@@ -152,7 +152,7 @@ def values(window, closing, answer):
         if closing:
             is_whole = rest.lstrip().startswith(closing)
         elif is_letter:  # "A is at": an option or a name stands before a stop
-            is_whole = not re.match(r" [a-z]| ?(?:[+=/^-]|\*(?!\*))", rest)
+            is_whole = not re.match(r" (?!because|since|which|so|is)[a-z]| ?(?:[+=/^-]|\*(?!\*))", rest)
         else:
             is_whole = not GOES_ON.match(rest)
         if is_whole and given and given[-1] not in "+-*/×·^":

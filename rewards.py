@@ -13,31 +13,38 @@ Model text is never evaluated and no timeout is needed: the scans over a complet
 looks closer sees at most MAX_ANSWER characters, which bounds digits and nesting as well.
 """
 import re
+import unicodedata
 from collections import Counter
 from fractions import Fraction
 from itertools import accumulate
 
-MAX_TEXT = 100_000   # characters read, counted from the end: some 25,000 tokens after the thinking
+MAX_TEXT = 1_000_000 # characters read, counted from the end
 MAX_ANSWER = 300     # characters of an answer; the longest gold answer of MATH-500 has 53
 
 # ---- 1. Extraction: what did the model commit to?
 
 # The tokens that matter for matching braces; `\\.` swallows `\{` and `\}`, which open and close nothing.
-BOX_TOKEN = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?:(\{)|([-+.]?[0-9][^\s{}$\\]{0,99}))|\\.|[{}]", re.S)
+BOX_TOKEN = re.compile(
+    r"\\(?:boxed|fbox)(?![a-zA-Z])\s{0,9}(?:(\{)|([-+.]?[0-9][^\s{}$\\]{0,99})|())|\\.|[{}]", re.S)
 
 # Weaker anchors, in order of trust; each also skips the decoration between itself and the answer.
 ANCHORS = [re.compile(anchor + r"(?:[\s:*]|\\[\[(]){0,20}", re.I) for anchor in (
-    "####", r"(?:<answer>|answer(?:\s{1,9}is\b|\*{0,2}:|\*{0,2}\s{0,9}(?=\\[\[(]|\$)))")]
-ANSWER_END = re.compile(r"\n|\.\s|</|<\|")   # end of a line or sentence, a closing tag, a special token
+    "####+", r"(?:<answer>|# (?:final )?answer\n"
+    r"|answer(?:\s{1,9}is\b|\*{0,2}:|\*{0,2}\s{0,9}(?=\\[\[(]|\$)))")]
+# End of a line or sentence, a closing tag, a special token; prose that goes on: "42 (6 times 7), since ...".
+ANSWER_END = re.compile(
+    r"\n|\.[\"”)*]{0,2}\s|。|</|<\||,?\s(?:because|since|which|so|is)\b|\s[-–—]\s(?=[a-z]+ [a-z]+)"
+    r"|(?<=[0-9$%])\s\((?=[a-zA-Z]|[^()]{0,99}[a-z]{2})")
 
 
 def _last_box(text):
-    """Content of the balanced box that starts last, or None; one pass, whatever the nesting."""
+    """Content of the box that starts last, "" if it never closes, None without a box; one pass, whatever the
+    nesting."""
     answer, answer_start = None, -1
     open_braces = []
     for token in BOX_TOKEN.finditer(text):
-        if token[2]:                                  # \boxed 5
-            answer, answer_start = token[2], token.start()
+        if token[2] or token[3] is not None:          # \boxed 5, or a box that holds nothing
+            answer, answer_start = token[2] or "", token.start()
         elif token[1] or token[0] == "{":
             open_braces.append(token)
         elif token[0] == "}" and open_braces:
@@ -45,7 +52,8 @@ def _last_box(text):
             # A box around a box closes later but starts earlier: the inner one stands.
             if opener[1] and opener.start() > answer_start:
                 answer, answer_start = text[opener.end():token.start()], opener.start()
-    return answer
+    unclosed = [opener for opener in open_braces if opener[1] and opener.start() > answer_start]
+    return "" if unclosed else answer
 
 
 def extract_answer(text: str) -> str | None:
@@ -72,6 +80,15 @@ def extract_answer(text: str) -> str | None:
     return (answer or "").strip() or None
 
 
+def without_cut_word(text: str) -> str:
+    """Return what a completion says that the length limit cut: "#### 1" may have been on its way to 12.
+
+    >>> without_cut_word("So 12.\\n#### 1"), without_cut_word(r"It is \\boxed{12}")
+    ('So 12.\\n#### ', 'It is \\\\boxed{12}')
+    """
+    return re.sub(r"[^\s}]{1,999}\Z", "", text)
+
+
 # ---- 2. Normal form: one answer, many spellings
 
 END = r"(?![a-zA-Z])"                                # where the name of a LaTeX command ends
@@ -79,6 +96,8 @@ INTEGER = r" ?(?:([0-9])|\{([+-]?[0-9]+)\})"         # an argument of \frac, wit
 
 # Applied from top to bottom. `~` marks what was set as text: `5\text{ m}` has a unit, `5 m` a variable.
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"[\u200b-\u200d\u2060\ufeff]", ""),
+    (r"[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]", lambda sign: " " + unicodedata.normalize("NFKC", sign[0]).replace("⁄", "/")),
     (r"[−–]", "-"),
     (r"π", r"\\pi"),
     (r"∞", r"\\infty"),
@@ -90,16 +109,18 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<!\\)\\[,;: ]|\\q?quad|~|\s+", " "),
     (r"\^ ?\{? ?\\circ ?\}?|°|\\?%|\\?\$|[€£]|(?<!\\)\\[\[\]()]", ""),     # 28% is 28, $5 is 5, 90° is 90
     (r"\\([{}])", r"\1"),
-    (r" ?\\(?:text[a-z]*|[mh]box) ?\{([^{}]*)\}", r"~\1"),
-    (r" ?\\(?:math(?:rm|bf|it|sf)|operatorname) ?\{([^{}]*)\}", r" \1"),
+    (r" ?\\(?:text[a-z]*|[mh]box|mathrm) ?\{([^{}]*)\}", r"~\1"),
+    (r" ?\\(?:math(?:bf|it|sf)|operatorname) ?\{([^{}]*)\}", r" \1"),
     (r"\{ ?([^{}\\ ]|\\[a-zA-Z]+) ?\}", r"\1"),                           # x^{2} is x^2, 1{,}000 is 1,000
-    (r"[ ~,]+(?:and|or)[ ~]+", ", "),
+    (r"[ ~,]+or[ ~]+", " | "),                                             # in any order
+    (r"[ ~,]+and[ ~]+", ", "),
     # 1,000 and 1 000 are one number; `1, 000` and (1,000) are two, as lists are spaced or bracketed.
     (r"(?<![0-9.,(\[{])[0-9]{1,3}([, ])[0-9]{3}(?:\1[0-9]{3})*(?!,?[0-9]|/)",
      lambda number: re.sub("[, ]", "", number[0])),
     (r" ?([-+*/=<>,;:^_(){}\[\]]) ?", r"\1"),
-    (r"(?<![a-zA-Z^_])\\frac" + INTEGER * 2 + r"(?![0-9.])", r" \1\2/\3\4"),   # 1\frac{3}{4} is 1 3/4
+    (r"(?<![a-zA-Z^_])\\frac" + INTEGER * 2 + r"(?!\.?[0-9])", r" \1\2/\3\4"),   # 1\frac{3}{4} is 1 3/4
     (r"(?<=[0-9])\*10\^(?:\{([+-]?[0-9]{1,2})\}|([0-9]))(?![0-9])", r"e\1\2"),
+    (r"\A10\^(?:\{([0-9]{1,2})\}|([0-9]))\Z", r"1e\1\2"),
 )]
 
 # Sign, whole part of a mixed number, decimal, exponent, denominator. [0-9], as \d takes any script's digits.
@@ -109,10 +130,12 @@ NUMBER = re.compile(r"([+-]?) ?(?:([0-9]+) (?=[0-9]+/[0-9]))?([0-9]+\.?[0-9]*|\.
 NAME = re.compile(r"(?<![^,;(\[{])\(?(?!\\(?:frac|sqrt))[A-Za-z\\][A-Za-z0-9\\_(),: ]{0,30}=")
 # What may follow a value and only measures it. Words that change a value are no units: 5 million is not 5.
 UNIT = re.compile(
-    r"(?:(?<=[0-9}])|(?<=\\pi))(?:~ ?| (?=[A-Za-z]{3}|[ckm][gm]|ft))"
+    r"(?:(?<=[0-9}])|(?<=\\pi))(?:~ ?| (?=[A-Za-z]{3}|[ckm][gm]|ft|[CFKVWNJL]\b))"
     r"(?!hundred|thousand|[mbtr]+illion|dozen|squared|cubed|factorial|sin|cos|tan|log|sqrt|mod|[ei]\b"
     r"|hal[fv]|third|fourth|quarter|fifth|sixth|seventh|eighth|ninth|tenth)"
     r"([A-Za-z][A-Za-z ~/]*(?:\^[23])?)(?![^,;)\]}])")
+# A choice with its text: `E: seven`, `(E) 12`.
+CHOICE = re.compile(r"\(?([A-Z])(?:\)|:).+")
 # A formula whose top-level terms may be reordered: it has letters, and no relation or matrix.
 SUM = re.compile(r"(?=.*[A-Za-z])(?:[A-Za-z0-9.*/^_+(){}-]|\\(?:sqrt|frac|pi)" + END + ")+")
 
@@ -121,7 +144,11 @@ def _clean(text):
     """The text after all rewrites, without the punctuation around it."""
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
-    return text.lstrip(" ~*:").rstrip(" ~*.,;:")
+    quoted = re.fullmatch(r"'(.*)'[.]?", text)
+    text = (quoted[1] if quoted else text).lstrip(" ~*:_`\"“").rstrip(" ~*.,;:_`\"”。")
+    while text.endswith(")") and text.count(")") > text.count("("):   # of the sentence around it
+        text = text[:-1].rstrip(" ~*.,;:_`\"”。")
+    return text
 
 
 def _depths(text):
@@ -163,7 +190,7 @@ def _parse(text):
     if text[:1] in ("(", "[", "{") and 0 not in list(_depths(text))[:-1] and text[-1] in ")]}":
         brackets = text[0] + text[-1]
         text = text[1:-1]
-    pieces = _split(text, ",;")
+    pieces = _split(text, ",;|")
     if brackets == "()" and len(pieces) == 1:
         return _parse(text)                           # grouping, not a tuple
     if brackets in ("", "{}") and "±" in text:        # 1 ± 2 is the set of 1+2 and 1-2
@@ -171,6 +198,7 @@ def _parse(text):
         pieces = [piece.replace("±", sign) for piece in pieces for sign in ("+-" if "±" in piece else "+")]
     if not brackets and len(pieces) == 1:
         return _scalar(text)
+    brackets = brackets or "{}" * ("|" in text)       # 5 or 7
     return brackets, tuple(_parse(piece) for piece in pieces)
 
 
@@ -222,6 +250,10 @@ def answers_match(given: str, gold: str) -> bool:
     if gold is None or len(given) > MAX_ANSWER:
         return False
     given, gold = _clean(given), _clean(gold)
+    for letter, other in ((given, gold), (gold, given)):
+        choice = CHOICE.fullmatch(other)
+        if choice and re.fullmatch(r"\(?[A-Z]\)?", letter):
+            return choice[1] == letter.strip("()")
     for aside in (NAME, UNIT):
         in_given, in_gold = aside.findall(given), aside.findall(gold)
         if in_given == in_gold or not in_given or not in_gold:

@@ -11,7 +11,8 @@ import time
 import pytest
 
 from conftest import ROOT, read_lines
-from rewards import MAX_ANSWER, MAX_TEXT, answers_match, extract_answer, math_reward, parse_gold
+from rewards import (MAX_ANSWER, MAX_TEXT, answers_match, extract_answer, math_reward, parse_gold,
+                     without_cut_word)
 
 DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no ../shared/data beside the repository")
@@ -24,7 +25,9 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no ../shared/data bes
     (r"} \boxed{5} {", "5"), ("\\boxed\n{5}", "5"),
     ("#### 72", "72"), ("####72", "72"), ("#### 1,000\n\nIs there anything else?", "1,000"),
     ("#### 3\n#### 4", "4"), ("#### 5<|im_end|>", "5"), ("#### 72\nThe answer is 73.", "72"),
-    (r"#### 72 or rather \boxed{73}", "73"),
+    (r"#### 72 or rather \boxed{73}", "73"), ("#####5", "5"), ("### Answer\n5", "5"),
+    ("#### 42 (6 times 7)", "42"), ("The answer is $70,000 (a - b)", "$70,000"), ("#### 42, since 6*7", "42"),
+    ("#### 3 (4+5)", "3 (4+5)"), ("The answer is 1 and 2", "1 and 2"),
     ("The answer is 5. I am sure.", "5"), ("The answer is: 5.5.", "5.5."), ("<answer>5</answer>", "5"),
     ("**Final answer:** (3, 4)", "(3, 4)"), ("The answer is\n\\[\n9\n\\]", "9"),
     ("<answer> 4 </answer> no, <answer> 5 </answer>", "5"),
@@ -33,6 +36,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no ../shared/data bes
     *((text, None) for text in (
         "", " ", "5", "It is 5.", "I think that 5 apples are left", "####", "#### \n", "The answer",
         r"\boxed{}", r"\boxed{ }", r"\boxed{5} \boxed{}", r"\boxed{5", r"\boxed", "boxed{5}", r"\text{5}",
+        r"\boxed{5} + 2, thus \boxed{\frac{14}{2}", r"The answer is 5. No: \boxed{", r"\boxed 5 wait \boxed",
         r"<think> \boxed{5}", r"<think> \boxed{5} </think> done", r"\boxed{5} </think>", "<think></think>"))])
 def test_the_committed_answer_is_found(text, answer):
     """The last box wins, then the last `####`, then the last "answer is", all after the thinking."""
@@ -44,6 +48,13 @@ SAME = [
     ("-0", "0"), ("+5", "5"), ("5.", "5"), (".5", "0.50"), ("004", "4"), ("−5", "-5"), ("72.0", "72"),
     ("1,234.5", "1234.50"), ("1 000 000", "1,000,000"), (r"10\,000", "10000"), ("10{,}000", r"10,\!000"),
     (r"6.7 \times 10^{-5}", ".000067"), ("2e3", "2000"), ("10 000", "1e4"),
+    ("10^3", "1000"), (r"10^{12}", "1" + "0" * 12), ("½", "1/2"), ("5½", "11/2"), ("22.2 C", "22.2"),
+    # at the end of a sentence
+    (r"\frac{5}{8}.", "5/8"), ("72.)", "72"), ("72).", "72"), ("72。", "72"), ('72."', "72"), ("`72`", "72"),
+    ("72\u200b", "72"), ("__72__", "72"), ("'72'", "72"), ("(1,2)", "(1,2)."),
+    # alternatives, choices
+    (r"7\text{ or }5", r"5\text{ or }7"), ("7, 5", "5 or 7"), ("E: seven", "E"), (r"\textbf{(E)}\ 12", "(E)"),
+    (r"18\,\mathrm{m}", "18"),
     # fractions and mixed numbers
     ("1/2", r"\frac12"), (r"\dfrac{3}{4}", "0.75"), (r"\frac{-1}{2}", r"-\frac{1}{2}"),
     (r"\frac{1}{-2}", "-0.5"), (r"\frac{6}{4}", r"\tfrac32"), (r"1\frac{4}{5}", "1.8"),
@@ -182,6 +193,27 @@ PUBLIC_LIMITATIONS = {
     ("1000.99", "1000,99"): "a comma is a separator, and 1000,99 a list of two",
     ("$10$", r"Answer \( (9+1) \)"): "no sum is computed for the model: it pays copying the question",
 }
+
+
+@needs_data
+def test_published_faults_of_verifiers_are_none_here():
+    """Of the bug reports all; of answers at the end of a sentence all but one that is written out in words
+    and those that may be no statement ("72?", "72!", "72 and that is it")."""
+    folder = DATA / "cases" / "faults"
+    for row in read_lines(folder / "reward_cases.jsonl"):
+        assert math_reward(row["text"], row["gold"]) == row["right"], row
+    rows = read_lines(folder / "answers_at_the_end_of_a_sentence.jsonl")
+    wrong = [row["text"] for row in rows if not row.get("debatable")
+             and math_reward(row["text"], row["gold"]) != row["right"]]
+    assert len(rows) > 300 and wrong == ["The answer is seventy-two"]
+
+
+def test_a_word_that_the_limit_cut_is_no_answer():
+    """It may have gone on; a box that closed is whole."""
+    for text, answer in (("#### 1", "1"), ("The answer is 12", "12"), (r"\boxed 5", "5")):
+        assert math_reward(text, answer) == 1.0 and math_reward(without_cut_word(text), answer) == 0.0
+    for text in ("#### 12\n", r"\boxed{12}", "The answer is 12. And so"):
+        assert math_reward(without_cut_word(text), "12") == 1.0
 
 
 @needs_data
