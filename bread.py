@@ -74,10 +74,11 @@ from traces import Problem, Tokenizer, make_problem, reach_lines
 
 EXAMPLE = Path(__file__).resolve().parent / "examples" / "chain"
 HINT_ROOM = 64  # tokens for the words around a hint; the hint itself counts toward --max-new-tokens
+ANY_MEMORY_FLAG = "a lower --sample-batch-size or --micro-batch-tokens, --recompute or --offload"
 # Options that a resumed run may change: they decide when it stops and what fits, never what is computed.
 MAY_DIFFER = """steps token_budget output overwrite resume device eval_every eval_samples save_every data
                 eval_data eval_sha256 sample_batch_size micro_batch_tokens recompute offload
-                max_skipped_updates keep tensorboard strict write_hard""".split()
+                max_skipped_updates keep keep_best tensorboard strict write_hard""".split()
 
 
 @dataclasses.dataclass
@@ -126,6 +127,10 @@ class State:
 
 class RewardError(Exception):
     """A reward function that raised an error, or gave what is no number."""
+
+
+class Ended(Exception):
+    """A run that could not go on; the text says why, what to do, and what was saved."""
 
 
 # --reward; a user's is a function of (completion, answer, problem), too. None: it cannot be judged.
@@ -251,7 +256,7 @@ def train(config):
     evaluate(policy, ranks, held_out, state, folder)
     is_stuck = False
     ended = state.progress(config) >= 1
-    with training(ranks, functools.partial(save, policy, optimizer, ranks, folder, state)):
+    with training(functools.partial(rescue, policy, optimizer, ranks, folder, state)):
         while not ended:
             lr = learning_rate(config, state)
             batch = ranks.share(next_problems(problems, config, state.step))
@@ -580,6 +585,7 @@ def update(policy, optimizer, ranks, groups, lr, loss_of):
         sums.update(passed)  # of a Counter, this adds
         with out_of_memory("--offload", " in the optimizer"):
             norms.append(optimizer.step(lr, config.grad_clip, passed.get("loss", 0.0)))
+    optimizer.is_whole = True
     sums["loss"] /= max(len(norms), 1)
     return sums, norms
 
@@ -785,6 +791,7 @@ def begin(config, ranks, folder, optimizer, saved, say):
             raise ValueError(f"--resume: the run has done {state.step} steps, --steps is {config.steps}")
         say(f"continues from {saved.name} at step {state.step}")
     if folder:
+        folder.need(checkpoint_bytes(optimizer))
         for name in ("metrics.jsonl", "samples.jsonl", "probes.jsonl"):
             folder.truncate(name, state.step)
         history.append({"time": time.strftime("%Y-%m-%d %H:%M:%S"), "step": state.step, "steps": config.steps,
@@ -797,6 +804,9 @@ def begin(config, ranks, folder, optimizer, saved, say):
 def save(policy, optimizer, ranks, folder, state):
     """checkpoint-N: a Hugging Face folder, beside it masters and moments, by the rank that owns them, and the
     state. The folder --output is that of all ranks."""
+    if not all(bool(weight.isfinite().all()) for weight in optimizer.weights):
+        raise FloatingPointError("the weights are NaN or infinite; older checkpoints are sound")
+
     def write(path=None):
         path = ranks.from_first(path)
         if folder:
@@ -806,27 +816,56 @@ def save(policy, optimizer, ranks, folder, state):
         ranks.gather(None)  # all are done
 
     if folder:
-        sizes = [weight.numel() * (weight.element_size() + 12) for weight in optimizer.weights]
-        folder.save(state.step, write, dataclasses.asdict(state), sum(sizes), policy.config.keep)
+        accuracies = {row["step"]: row["eval/accuracy"] for row in state.evals}
+        best = accuracies.get if policy.config.keep_best else None
+        folder.save(state.step, write, dataclasses.asdict(state), checkpoint_bytes(optimizer),
+                    policy.config.keep, best)
     else:
         write()
 
 
+def checkpoint_bytes(optimizer):
+    """Of a checkpoint: weights, float32 masters and moments."""
+    return sum(weight.numel() * (weight.element_size() + 12) for weight in optimizer.weights)
+
+
 @contextlib.contextmanager
-def training(ranks, save_run):
-    """Once training has begun, a ValueError is no bad input but a bug, of ours or of a user's method; and
-    where memory runs out the run is saved as it was after its last step. (Not by several processes: those
-    that have enough memory wait for this one, which can only end.)"""
+def training(save_run):
+    """Whatever ends a run early costs no finished step: it is saved as it was after the last one, and the
+    reason is one line; a bug's traceback, of ours or of a user's method, is in crash.txt."""
     try:
         yield
         return
-    except (ValueError, FloatingPointError) as error:
-        raise RuntimeError(f"training broke off: {error}") from error
-    except (MemoryError, torch.OutOfMemoryError, RewardError) as error:
-        failure = error.with_traceback(None)  # whose frames hold tensors: saving needs their memory
-    if ranks.size == 1:
-        save_run()
-    raise failure
+    except Exception as error:
+        failure = error
+    is_bug = not isinstance(failure, (OSError, FloatingPointError, MemoryError, RewardError))
+    if isinstance(failure, torch.OutOfMemoryError):
+        is_bug = False
+        failure = MemoryError(out_of_memory_line(failure, ANY_MEMORY_FLAG))
+    trace = "".join(traceback.format_exception(failure)) if is_bug else ""
+    failure = failure.with_traceback(None)  # whose frames hold tensors: saving needs their memory
+    reason = f"{failure!r}" if is_bug else f"{failure}"
+    # Where numbers are not finite, what the last step left is broken already.
+    is_sound = not isinstance(failure, FloatingPointError)
+    raise Ended(f"{reason}; {save_run(trace, is_sound)}") from failure
+
+
+def rescue(policy, optimizer, ranks, folder, state, trace, is_sound):
+    """Save a run that could not go on, if that is possible: a text of what became of it."""
+    told = ""
+    if trace and folder:
+        write_whole(folder.path / "crash.txt", trace.encode())
+        told = f"the traceback is in {folder.path / 'crash.txt'}, "
+    last = f"{policy.config.output}: --resume goes on from its last checkpoint"
+    # Other processes, which have no trouble, wait for this one, which can only end.
+    is_sound = is_sound and optimizer.is_whole and ranks.size == 1
+    if not is_sound or not state.step or (folder.path / f"checkpoint-{state.step}").is_dir():
+        return f"{told}nothing more was saved in {last}"
+    try:
+        save(policy, optimizer, ranks, folder, state)
+    except (OSError, FloatingPointError) as error:
+        return f"{told}nothing more could be saved ({error}) in {last}"
+    return f"{told}saved after step {state.step} in {last}"
 
 
 @contextlib.contextmanager
@@ -835,9 +874,12 @@ def out_of_memory(flags, where=""):
     try:
         yield
     except torch.OutOfMemoryError as error:
-        text = str(error).splitlines()[0]
-        raise MemoryError(f"out of memory{where}: give {flags}; --plan shows what takes how much ({text})"
-                          ) from error.with_traceback(None)
+        raise MemoryError(out_of_memory_line(error, flags, where)) from error.with_traceback(None)
+
+
+def out_of_memory_line(error, flags, where=""):
+    text = str(error).splitlines()[0]
+    return f"out of memory{where}: give {flags}; --plan shows what takes how much ({text})"
 
 
 def lengths_of(problems, held_out):
@@ -918,18 +960,20 @@ def main(argv=None):
     """Exit code: 0; 2 after bad input; 1 if files cannot be written or gradients are not finite; 130 or 143
     after an interrupt. The last two save the run's state."""
     sys.modules.setdefault("bread", sys.modules[__name__])  # a user's `import bread` gets no second copy
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a closed one is None
+            stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode ends no run
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv, EXAMPLE)
         check_paths(config)
-        flags = "a lower --sample-batch-size or --micro-batch-tokens, --recompute or --offload"
-        with out_of_memory(flags):
+        with out_of_memory(ANY_MEMORY_FLAG):
             if config.plan >= 0:
                 return plan_only(config)
             return evaluate_only(config) if config.eval else train(config)
     except ValueError as error:
         print(f"bread.py: {error}", file=sys.stderr)
         return 2
-    except (OSError, FloatingPointError, MemoryError, RewardError) as error:  # what was saved before is whole
+    except (OSError, FloatingPointError, MemoryError, RewardError, Ended) as error:  # what was saved is whole
         print(f"bread.py: {error}", file=sys.stderr)
         return 1
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-LOGS = ("run.json", "metrics.jsonl", "samples.jsonl", "probes.jsonl", "eval.json", "eval.jsonl")
+LOGS = ("run.json", "crash.txt", "metrics.jsonl", "samples.jsonl", "probes.jsonl", "eval.json", "eval.jsonl")
 MANIFEST = "trainer.json"  # {"sizes": {file: bytes}, "record": what `save` was given}
 PART_BYTES = 2 << 30       # of one file of tensors: 2 GiB
 
@@ -68,8 +68,9 @@ class RunFolder:
                 pass  # cut short, or the nothing behind the last line feed
         write_whole(path, b"".join(kept))
 
-    def save(self, step, write, record, num_bytes, keep=2):
-        """Write checkpoint-{step}, return its path; then only the newest `keep` checkpoints stay.
+    def save(self, step, write, record, num_bytes, keep=2, best=None):
+        """Write checkpoint-{step}, return its path; then only the newest `keep` checkpoints stay, and the one
+        to which `best(step)`, a number or None, is highest.
 
         `write(folder)` writes the model and, by `write_tensors`, what every rank keeps, about `num_bytes`; it
         ends, by an error too, only when no rank writes any more. `load` gives `record`, JSON-able, back.
@@ -78,8 +79,7 @@ class RunFolder:
         final = self.path / f"checkpoint-{step}"
         unnamed = self.path / f"checkpoint-{step}.tmp"
         try:
-            if shutil.disk_usage(self.path).free < num_bytes:
-                raise OSError(f"{num_bytes / 1e9:.2f} GB are needed, fewer are free")
+            self.need(num_bytes)
             unnamed.mkdir()
             write(unnamed)
             seal(unnamed, record)
@@ -88,10 +88,20 @@ class RunFolder:
         finally:
             settle(self.path)  # named if it is complete, removed if it is not
         # A resumed run may have fallen back behind damaged ones: counting those, sound ones would go.
-        not_later = [folder for number, folder in self._checkpoints() if number <= step]
-        for folder in not_later[keep:]:
-            shutil.rmtree(folder, ignore_errors=True)  # no reason to end a run: the next save tries again
+        not_later = [(number, folder) for number, folder in self._checkpoints() if number <= step]
+        ranked = [(best(number), folder) for number, folder in not_later if best and best(number) is not None]
+        kept = [max(ranked)[1]] if ranked else []
+        for _, folder in not_later[keep:]:
+            if folder not in kept:
+                shutil.rmtree(folder, ignore_errors=True)  # no reason to end a run: the next save tries again
         return final
+
+    def need(self, num_bytes):
+        """OSError if the disk has no room for so many bytes."""
+        free = shutil.disk_usage(self.path).free
+        if free < num_bytes:
+            raise OSError(f"{self.path}: a checkpoint needs {num_bytes / 1e6:,.0f} MB, {free / 1e6:,.0f} MB "
+                          "are free on this disk")
 
     def latest(self):
         """(the newest complete checkpoint or None, a line of text for each newer one, all incomplete)."""
@@ -245,9 +255,13 @@ def to_json(obj, indent=None):
 def write_whole(path, data):
     """Replace a file so that whoever looks, even after a crash, finds the old bytes or the new ones."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    flush_to_disk(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(data)
+        flush_to_disk(temporary)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # half of it would take the room that was missing
+        raise
     flush_to_disk(path.parent)
 
 

@@ -103,6 +103,7 @@ class Config:
     token_budget: int = option(0, "stop once so many tokens were sampled, probes included (0: no limit)", 0)
     save_every: int = option(0, "steps between checkpoints (0: only at the end)", 0)
     keep: int = option(2, "checkpoints that stay, the newest", 1)
+    keep_best: bool = option(False, "the one with the best held-out accuracy stays, too")
     tensorboard: bool = option(False, "write the metrics for TensorBoard, too")
     device: str = option("", "cpu, cuda, cuda:1 (cuda where there is one)")
 
@@ -253,6 +254,9 @@ def check_paths(config):
             line += (f"; to take it from the Hugging Face hub, type `hf download {kind}{path} "
                      f"--local-dir {name}` and then {flag} {name}" + "/FILE" * bool(kind))
         raise ValueError(line)
+    inside = Path(config.model).resolve().is_relative_to(Path(config.output).resolve())
+    if config.overwrite and inside and not config.eval:
+        raise ValueError(f"--model {config.model} lies in --output, which --overwrite empties: give another")
     if not (Path(config.model) / "config.json").is_file():
         raise ValueError(f"--model {config.model} is no model folder: it holds no config.json")
     if config.write_hard and Path(config.write_hard).exists() and not config.overwrite:

@@ -68,11 +68,17 @@ class Ranks:
         return self.gather(value)[0]
 
     def listen(self):
-        """From now on SIGINT or SIGTERM is noted; the second one ends the process at once."""
+        """From now on SIGINT, SIGTERM or SIGHUP is noted; a second one, of any kind, ends the process."""
         def note(number, _frame):
             self.signal = number
-            signal.signal(number, signal.SIG_DFL)
-        self.handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+            for each in self.handlers:
+                signal.signal(each, signal.SIG_DFL)
+            # No print: it may have been interrupted itself.
+            os.write(2, b"\nfinishing this step, then saving; again to quit at once\n")
+        # Windows has no hang-up.
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        numbers = [getattr(signal, name) for name in names]
+        self.handlers = {number: signal.signal(number, note) for number in numbers}
 
     def interrupted(self):
         """Whether a signal came to any rank. All ask at once, so that they end after the same step."""
@@ -133,6 +139,7 @@ class MasterAdamW:
         self.owners = ranks.owners([weight.numel() for weight in self.weights])
         self.steps = 0
         self.skipped_in_a_row = 0
+        self.is_whole = True  # for the caller to set: False while only some of a step's updates are done
         self.kept = {}  # number of a parameter that this rank owns: its moments and lost bits, flat
         for i, weight in enumerate(self.weights):
             weight.grad_dtype = torch.float32  # on every rank: what micro-batches are summed in
@@ -151,11 +158,11 @@ class MasterAdamW:
         self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
         if is_finite:
             self.steps += 1
+            self.is_whole = False
             # The largest first: if memory for its slices is missing, nothing has been changed yet.
             for i in sorted(self.kept, key=lambda i: -self.weights[i].numel()):
                 # Clipped as by torch.nn.utils.clip_grad_norm_, without its 1e-6.
                 self.step_one(i, lr, max_norm / max(norm, max_norm))
-        # By every rank, of what it owns.
         for weight, owner in zip(self.weights, self.owners):
             weight.grad = None
             if is_finite and self.ranks.size > 1:

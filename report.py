@@ -165,9 +165,17 @@ def trained_group(groups):
 # ---------------------------------------------------------------- for the reader, and for scripts
 
 
+def speak(line):
+    """Print at once, also into a pipe; where its reader has gone, to nowhere from now on."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:  # `| head`, for instance
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def progress(phase):
     """A function of (rows done, rows in all) that keeps a line of a terminal up to date; None in a pipe."""
-    if not sys.stderr.isatty():
+    if not (sys.stderr and sys.stderr.isatty()):
         return None
     began = shown = time.time()
 
@@ -201,7 +209,7 @@ class Log:
 
     def say(self, line):
         if self.speaks:
-            print(line, flush=True)  # at once, also into a pipe
+            speak(line)
 
     def opening(self, policy, problems, held_out, state):
         """Print what runs on what, what it will do and what a step costs."""
@@ -223,7 +231,8 @@ class Log:
                  f"{policy.device}, {'Triton kernels' if policy.ops else 'plain PyTorch'}")
         self.say(f"stops    {', '.join(policy.tokenizer.stop_texts)} end an answer")
         self.say(f"data     {config.data}: {len(problems)} problems{held_out}")
-        self.say(f"output   {config.output}")
+        stay = "checkpoint stays" if config.keep == 1 else "checkpoints stay"
+        self.say(f"output   {config.output}, where the newest {config.keep} {stay} (--keep)")
         self.say(f"options  {command_line(config, NOT_OPTIONS) or 'all defaults'}")
         updates = f"{config.updates_per_batch} update{'s' * (config.updates_per_batch > 1)}"
         self.say(f"a step   {config.problems_per_step} problems x {each}; {updates} in micro-batches of "
@@ -546,10 +555,7 @@ def main(argv=None):
         elif len(args.folders) > 1:
             raise ValueError("several runs are drawn, not shown: add --plot FILE.png, or give one RUN")
         else:
-            print(show(args.folders[0], args.step, coloured))
-        sys.stdout.flush()
-    except BrokenPipeError:  # head has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            speak(show(args.folders[0], args.step, coloured))
     except (ValueError, OSError) as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 2

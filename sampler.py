@@ -233,7 +233,11 @@ class Rows:
         token_R.copy_(drawn_R)
 
     def completions(self, forks):
-        """The buffers as lists of Completion per fork."""
+        """The buffers as lists of Completion per fork. FloatingPointError if a log-prob is not finite: the
+        model is broken, and what it would go on to sample is its token 0."""
+        # Idle places wrote into the last row and column.
+        if not self.logprobs_RS[:-1, :-1].isfinite().all():
+            raise FloatingPointError("the model's logits are NaN or infinite")
         buffers = self.lengths_R, self.tokens_RS, self.logprobs_RS, self.entropies_RS
         done = []
         for length, tokens, logprobs, entropies in zip(*map(torch.Tensor.tolist, buffers)):

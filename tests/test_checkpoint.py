@@ -288,7 +288,7 @@ def test_damaged_later_checkpoints_do_not_push_out_sound_ones(folder):
 def test_too_little_space_is_noticed_before_the_first_byte(folder):
     """As many bytes as announced must be free: half of those that are, but not 6 EB."""
     folder.save(1, write_model, {}, num_bytes=shutil.disk_usage(folder.path).free // 2)
-    with pytest.raises(OSError, match="checkpoint-2 could not be saved, .* 6000000000.00 GB are needed"):
+    with pytest.raises(OSError, match="checkpoint-2 could not be saved, .* needs 6,000,000,000,000 MB"):
         folder.save(2, lambda path: pytest.fail("began to write"), {}, num_bytes=6 * 10**18)
     assert names(folder.path) == ["checkpoint-1", "run.json"]
 

@@ -75,6 +75,8 @@ def test_a_path_that_is_none_says_what_to_type(tmp_path, monkeypatch):
         with pytest.raises(ValueError) as error:
             check_paths(Config(**good | {name: path}))
         assert str(error.value) == f"--{name.replace('_', '-')} {path} {expected}"
+    with pytest.raises(ValueError, match="lies in --output, which --overwrite empties"):
+        check_paths(Config(**good, output=f"{CHAIN}", overwrite=True))
     for path, words in ((good["data"], "which exists"), (f"{CHAIN}/new/a", "folder does not exist")):
         with pytest.raises(ValueError, match=f"--write-hard is {path}, .*{words}"):
             check_paths(Config(**good, write_hard=path, eval=True))

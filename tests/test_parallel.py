@@ -318,9 +318,9 @@ def test_a_signal_to_one_process_ends_the_run_with_what_was_saved(flags, runs, t
     (tmp_path / "method.py").write_text(BREAKING.format(number=int(number)))
     command = flags(tmp_path / "run", f"{STEPS} --method {tmp_path / 'method.py'}:method")
     code, _, err = torchrun(2, tmp_path / "noting.py", *command)
-    assert code != 0 and "bread.py: " not in err, err
+    assert code != 0 and not (note and "bread.py: " in err), err
     notes = {path.name[-1]: path.read_text() for path in tmp_path.glob("code-*")}
-    assert notes == ({"0": note, "1": note} if note else {})
+    assert notes in ([{"0": note, "1": note}] if note else [{}, {"0": "1 checkpoint-2"}])
     assert [row["step"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")] == steps
     Transformer.from_pretrained(tmp_path / "run" / "checkpoint-2")
     (tmp_path / "method.py").write_text("import bread\nmethod = bread.bread\n")

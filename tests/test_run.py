@@ -10,7 +10,10 @@ import gc
 import importlib
 import json
 import math
+import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,17 +123,19 @@ def unbroken(flags, tmp_path_factory):
 
 
 @pytest.mark.parametrize("broken_by, step, code", [
-    ("--steps", 2, 0), ("SIGINT", 1, 130), ("SIGTERM", 3, 143), ("SIGINT", 4, 130), ("memory", 3, 1),
-    ("crash", 4, None)])
+    ("--steps", 2, 0), ("SIGINT", 1, 130), ("SIGTERM", 3, 143), ("SIGINT", 4, 130), ("SIGHUP", 2, 129),
+    ("memory", 3, 1), ("crash", 4, None)])
 def test_a_resumed_run_equals_an_unbroken_one(flags, tmp_path, capsys, unbroken, broken_by, step, code):
     """Weights, moments, logs and every field of the state, bit for bit. A signal lets the step end, saves and
-    exits with 130 or 143; where memory runs out in step 4, step 3 is saved, and one line names flags; after a
-    crash in step 4, step 3, logged but not saved, stands in the logs once."""
+    exits with 130, 143 or 129; where memory runs out, or a method fails, in step 4, step 3 is saved, and one
+    line says why."""
     folder = tmp_path / "run"
     if broken_by == "crash":
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        with pytest.raises(LookupError):
-            bread.main(flags(folder, OPTIONS + hook(tmp_path, "raise LookupError", step)))
+        assert bread.main(flags(folder, OPTIONS + hook(tmp_path, "raise LookupError", step))) == 1
+        line = one_line(capsys, "bread.py: LookupError()")
+        assert f"the traceback is in {folder / 'crash.txt'}, saved after step 3" in line
+        assert "hook.py" in (folder / "crash.txt").read_text()
         assert [row["step"] for row in read_lines(folder / "metrics.jsonl")] == [0, 1, 2, 3]
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -196,6 +201,63 @@ def test_a_token_budget_ends_the_run_and_its_last_step_has_a_rate(flags, tmp_pat
     expected = [1e-3 * (1 - max(tokens / 2000, step / 9)) for step, tokens in enumerate(spent[:-1])]
     assert [row["lr"] for row in rows] == pytest.approx(expected)
     assert (tmp_path / "run" / f"checkpoint-{len(rows)}").is_dir()
+
+
+@pytest.mark.parametrize("spoil", [
+    "next(policy.model.parameters()).data[0] = math.nan",
+    "policy.model.model['norm'].weight.data.fill_(3e38)"])
+def test_logits_that_are_not_finite_end_the_run(flags, tmp_path, capsys, spoil):
+    """At the first one: exit code 1, one line; what made them reaches no checkpoint, and the one that is
+    there stays the newest, from which the run goes on."""
+    folder = tmp_path / "run"
+    common = "--steps 6 --save-every 2 --eval-data ''"
+    assert bread.main(flags(folder, common + hook(tmp_path, spoil, 4))) == 1
+    line = one_line(capsys, "bread.py: the model's logits are NaN or infinite")
+    assert "nothing more was saved" in line
+    assert [row["step"] for row in read_lines(folder / "metrics.jsonl")] == [1, 2, 3]
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert bread.main(flags(folder, f"{common} {hook(tmp_path)} --resume")) == 0
+
+
+def test_weights_that_are_not_finite_are_not_saved(flags, tmp_path, capsys):
+    """Where nothing was sampled from them: imitation with a rate that no number holds."""
+    more = "--method sft --steps 4 --save-every 1 --eval-data '' --lr 1e38 --max-skipped-updates 9"
+    assert bread.main(flags(tmp_path / "run", more)) == 1
+    assert "the weights are NaN or infinite; older checkpoints are sound" in one_line(capsys)
+    for path in (tmp_path / "run").glob("checkpoint-*/model.safetensors"):
+        assert all(bool(weight.isfinite().all()) for weight in load_file(path).values())
+
+
+def test_a_reader_that_goes_away_ends_no_run(flags, tmp_path):
+    """Neither `| head`, nor a closed stdout or stderr, nor a terminal without Unicode."""
+    argv = flags("OUT", "--eval-data '' --method sft")
+    command = shlex.join([sys.executable, f"{ROOT / 'bread.py'}", *argv])
+    endings = {"head": "| head -n 1 >/dev/null; exit ${PIPESTATUS[0]}", "out": ">&-", "err": "2>&-"}
+    for name, ending in endings.items():
+        line = f"{command.replace('OUT', str(tmp_path / name))} --system 'ü' {ending}"
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path,
+                              env=os.environ | {"PYTHONIOENCODING": "ascii"})
+        assert done.returncode == 0 and done.stderr == "", (name, done.stderr)
+        assert (tmp_path / name / "checkpoint-2" / "trainer.json").is_file()
+
+
+def test_a_disk_without_room_is_known_before_training(flags, tmp_path, capsys, monkeypatch):
+    """One line, exit code 1, and nothing of a run is left behind."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert bread.main(flags(tmp_path / "run", "--method sft")) == 1
+    assert re.search(r"a checkpoint needs \d+ MB, 0 MB are free", one_line(capsys))
+    assert not list((tmp_path / "run").glob("*.json*"))
+
+
+def test_the_best_checkpoint_stays_if_asked(flags, tmp_path):
+    """By accuracy on held-out problems; else the newest alone."""
+    common = "--save-every 1 --eval-every 1 --steps 5 --keep 1 --method sft --lr 1e-2 --eval-samples 8"
+    assert bread.main(flags(tmp_path / "run", f"{common} --keep-best")) == 0
+    rows = read_lines(tmp_path / "run" / "metrics.jsonl")[1:]
+    best = max(rows, key=lambda row: (row["eval/accuracy"], row["step"]))["step"]
+    stays = {f"checkpoint-{best}", "checkpoint-5"}
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == stays
 
 
 def test_too_many_skipped_updates_in_a_row_end_the_run(flags, tmp_path, capsys):
