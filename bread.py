@@ -674,7 +674,7 @@ def read_problems(config, tokenizer, shape, method, say):
     for path, trains in ((config.data, True), (config.eval_data, False)):
         # An evaluation shows no trace, so that it has no business in it.
         needs_trace = trains and (getattr(method, "needs_trace", True) or config.on_fail == "expert")
-        convert = functools.partial(to_problem, config, tokenizer, shape.max_position_embeddings, needs_trace)
+        convert = functools.partial(to_problem, config, tokenizer, shape, needs_trace)
         path = "" if config.eval and trains else path
         problems = read_data(path, convert, fields, needs_trace, config.strict, say) if path else []
         if path and trains and len(problems) < config.problems_per_step:
@@ -683,6 +683,10 @@ def read_problems(config, tokenizer, shape, method, say):
         if problems and needs_trace and config.method != "sft":
             say("\n".join(reach_lines(problems, tokenizer, config.max_new_tokens)))
         both.append(problems)
+    trained = {str(problem.question) for problem in both[0]}
+    overlap = sum(str(problem.question) in trained for problem in both[1])
+    if overlap:
+        say(f"warning: {overlap} of {len(both[1])} held-out questions are trained on, too")
     return both
 
 
@@ -696,8 +700,8 @@ def load_functions(config):
     return method, reward
 
 
-def to_problem(config, tokenizer, window, needs_trace, row):
-    """A data.Row as a Problem, or a ValueError, "reason: detail". window: positions that the model has."""
+def to_problem(config, tokenizer, shape, needs_trace, row):
+    """A data.Row as a Problem for a model of this ModelConfig, or a ValueError, "reason: detail"."""
     row = row if needs_trace else dataclasses.replace(row, trace="")
     if config.reward in REWARDS:  # a user's function may know answers that ours cannot check
         gold = parse_gold(row.answer)
@@ -714,6 +718,11 @@ def to_problem(config, tokenizer, window, needs_trace, row):
         return [cut for cut in cuts if not math_reward(trace[:offsets[cut - 1][1]], answer)]
     problem = make_problem(row, tokenizer, cuts_of, config.system or None)
     size = len(problem.prompt_ids)
+    window = shape.max_position_embeddings
+    largest = max(problem.prompt_ids + problem.expert_ids)
+    if largest >= shape.vocab_size:
+        raise ValueError(f"a token beyond the {shape.vocab_size} rows of the model's embedding: "
+                         f"{tokenizer.decode([largest], skip_special_tokens=False)!r} is {largest}")
     hint_room = HINT_ROOM if config.anchor_placement == "hint" else 0  # for a line around the anchor's text
     if size + hint_room + config.max_new_tokens > window:
         raise ValueError(f"prompt and --max-new-tokens exceed the model's {window} positions: lower "

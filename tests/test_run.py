@@ -424,6 +424,7 @@ def test_only_methods_that_use_traces_need_them(flags, tmp_path, data, capsys):
     bare.write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = f"--data {bare} --eval-data {bare} --steps 1 --group-size {G}"
     assert bread.main(flags(tmp_path / "grpo", f"{more} --method grpo")) == 0
+    assert "warning: 12 of 12 held-out questions are trained on, too" in capsys.readouterr().out
     assert read_lines(tmp_path / "grpo" / "metrics.jsonl")[-1]["anchor/shown"] == 0
     capsys.readouterr()
     assert bread.main(flags(tmp_path / "bread", more)) == 2

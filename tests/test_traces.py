@@ -3,6 +3,7 @@ import functools
 import json
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers, processors, trainers
@@ -360,8 +361,12 @@ def test_what_the_reward_pays_is_a_statement(tokenizer):
     trace = "Think.\n\nThe answer is 7, 5.0\n\nDone.\n\nYes."
     row = Row(1, "a", [{"role": "user", "content": ASKED}], trace, "7, 5", "")
     first, _, _ = cuts_of(trace, "7, 5")
-    problem = bread.to_problem(Config(max_new_tokens=9), tokenizer, 999, True, row)
+    shape = SimpleNamespace(max_position_embeddings=999, vocab_size=400)
+    problem = bread.to_problem(Config(max_new_tokens=9), tokenizer, shape, True, row)
     assert tokenizer.decode(problem.expert_ids[:problem.cuts[-1]]) == trace[:first] and len(problem.cuts) == 1
+    shape.vocab_size = 300
+    with pytest.raises(ValueError, match=r"a token beyond the 300 rows of .*: '<\|im_\w+\|>' is"):
+        bread.to_problem(Config(max_new_tokens=9), tokenizer, shape, True, row)
 
 
 def test_thinking_is_cut_inside_only():
