@@ -64,8 +64,8 @@ class RunFolder:
             try:
                 if json.loads(line).get("step", last_step) <= last_step:
                     kept.append(line + b"\n")
-            except ValueError:
-                pass  # cut short, or the nothing behind the last line feed
+            except (ValueError, AttributeError):
+                pass  # cut short, the nothing behind the last line feed, or no object
         write_whole(path, b"".join(kept))
 
     def save(self, step, write, record, num_bytes, keep=2, best=None):
@@ -218,7 +218,7 @@ def seal(folder, record):
 
 def settle(path):
     """Name a .tmp folder that is complete, remove one that is not: how every save ends, finished or not."""
-    for folder in list(path.glob("checkpoint-[0-9]*.tmp")):
+    for folder in filter(Path.is_dir, list(path.glob("checkpoint-[0-9]*.tmp"))):
         try:
             read_record(folder)
         except ValueError:

@@ -34,6 +34,11 @@ ROPE_SETTINGS = {"rope_type", "rope_theta", "original_max_position_embeddings", 
 COMPANION_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json",
                    "merges.txt")
+# Kinds of the fields of config.json.
+FIELDS = {"a positive integer": (*SIZES, "head_dim", "num_key_value_heads", "max_window_layers"),
+          "a positive number": ("rms_norm_eps", "rope_theta", "partial_rotary_factor"),
+          "true or false": ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+          "text": ("model_type", "hidden_act"), "an object": ("rope_scaling", "rope_parameters")}
 CHUNK_BYTES = 2**26  # of logits in the log-prob head: 110 rows of 151,936 tokens, in float32
 
 
@@ -58,6 +63,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw):
         """Read a parsed config.json. Raises ValueError that names the first field that is not supported."""
+        check_fields(raw)
         refuse_unsupported(raw)
         kind, heads = raw["model_type"], raw["num_attention_heads"]
         # An absent field takes transformers' class default; null means "derive it from the others".
@@ -76,10 +82,32 @@ class ModelConfig:
             rope_parameters=read_rope(raw))
 
 
+def check_fields(raw):
+    """Raise ValueError that names every field of config.json that is of another kind than it should be."""
+    def is_positive(value):
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+    # What is absent or null has a default, or is missed later.
+    kinds = {
+        "a positive integer": lambda value: is_positive(value) and isinstance(value, int),
+        "a positive number": is_positive, "true or false": lambda value: isinstance(value, bool),
+        "text": lambda value: isinstance(value, str), "an object": lambda value: isinstance(value, dict)}
+    wrong = []
+    for kind, names in FIELDS.items():
+        given = [name for name in names if raw.get(name) is not None]
+        wrong += [f"{name} is {raw[name]!r:.40}, not {kind}" for name in given if not kinds[kind](raw[name])]
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters")
+    for name, value in rope.items() if isinstance(rope, dict) else ():
+        if name in ROPE_SETTINGS - {"rope_type", "truncate"} and value is not None and not is_positive(value):
+            wrong.append(f"{name} of RoPE is {value!r:.40}, not a positive number")
+    if wrong:
+        raise ValueError(f"config.json: {'; '.join(wrong)}")
+
+
 def refuse_unsupported(raw):
     """Raise ValueError for whatever this file does not compute exactly."""
     kind = raw.get("model_type")
-    wrong = {name: raw.get(name) for name in SIZES if not isinstance(raw.get(name), int) or raw[name] < 1}
+    missing = [name for name in SIZES if raw.get(name) is None]
     slides = "sliding_attention" in (raw.get("layer_types") or ())
     if kind == "mistral":
         slides |= raw.get("sliding_window", 4096) is not None  # absent means transformers' default
@@ -92,7 +120,7 @@ def refuse_unsupported(raw):
         "quantised weights are not supported; use the model's bf16, fp16 or fp32 checkpoint": is_quantised,
         'no sliding-window attention here: type "sliding_window": null, "use_sliding_window": false': slides,
         f"hidden_act {raw.get('hidden_act')!r} is not silu": raw.get("hidden_act", "silu") != "silu",
-        f"positive integers expected, not {wrong}": wrong}
+        f"{', '.join(missing)} missing": missing}
     for text, is_wrong in refusals.items():
         if is_wrong:
             raise ValueError(f"config.json: {text}")

@@ -7,13 +7,16 @@
 Our choices: (1) A trace is tokenised once and whole, and a cut is an index into those ids: an anchor is a
 prefix of the trace's own tokenisation. (2) Data cannot forge turns: text that spells a special token such as
 <|im_end|> is refused; at a trace's end it is stripped. (3) A template says how a turn ends, too.
-Left out: SentencePiece-only folders; limits on templates (sandboxed, but a loop may spin).
+Left out: SentencePiece-only folders.
 """
 import datetime
 import functools
 import json
+import os
 import re
+import signal
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,17 +59,16 @@ class Tokenizer:
         # All three files, since one errs: Llama-3-8B-Instruct's lacked the <|eot_id|> that the model writes.
         for name in ("generation_config.json", "config.json"):
             entry = _read(folder / name, _json_object, absent={}).get("eos_token_id")
-            stops |= set(entry if isinstance(entry, list) else [entry])
+            entries = entry if isinstance(entry, list) else [entry]
+            if not all(id is None or type(id) is int for id in entries):
+                raise ValueError(f"{folder / name}: eos_token_id is {entry!r:.60}, ids are integers")
+            stops |= set(entries)
         # Where the config is silent (Llama-3), what tokenizer.json itself puts in front of a text decides.
         starts_with_bos = self._backend.encode("", add_special_tokens=True).ids[:1] == [bos]
         self._bos = [bos] if bos is not None and config.get("add_bos_token", starts_with_bos) else []
-        template = config.get("chat_template") or ""
-        if isinstance(template, list):  # [{"name": .., "template": ..}, ..]
-            template = {entry["name"]: entry["template"] for entry in template}.get("default", NO_DEFAULT)
-        self._template = _read(folder / "chat_template.jinja", bytes.decode, absent=template)
-        for name in template_args:
-            if not re.search(rf"\b{re.escape(name)}\b", self._template):
-                raise ValueError(f"--template-args has {name!r}, which the template of {folder} never uses")
+        self._template = read_template(folder, config, template_args)
+        if self._template and not ends_within(5, lambda: self._prompt_text(_as_messages("1+1?"))):
+            raise ValueError(f"{folder}: the chat template does not end within 5 seconds")
         added = self._backend.get_added_tokens_decoder()
         special = {token.content: i for i, token in added.items() if token.special}
         turn_end = find_turn_end(self._prompt_text, special, stops) if self._template else None
@@ -80,6 +82,8 @@ class Tokenizer:
         self.special_texts = sorted({*special, *ending})
         # A first render shows a broken template at once, and what a prompt says about thinking.
         prompt = self._prompt_text(_as_messages("1+1?"))
+        if "1+1?" not in prompt:
+            raise ValueError(f"{folder}: the chat template drops the question, it prints {prompt!r:.60}")
         self.opens_thinking = bool(re.search(r"<think>\s*\Z", prompt))
         self.closes_thinking = bool(re.search(r"</think>\s*\Z", prompt))
         self.thinks = self.opens_thinking or (
@@ -135,6 +139,41 @@ class Tokenizer:
                 **self._template_args})
         except Exception as error:  # a template is a program and may raise anything
             raise ValueError(f"{self._folder}: chat template: {error!r}") from error
+
+
+def read_template(folder, config, arguments):
+    """The chat template of a folder, "" without one. ValueError if it is no text or lacks an argument."""
+    template = config.get("chat_template") or ""
+    if isinstance(template, list):  # [{"name": .., "template": ..}, ..]
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = {entry.get("name"): entry.get("template") for entry in named}.get("default", NO_DEFAULT)
+    if not isinstance(template, str):
+        raise ValueError(f"{folder}: the chat template is {template!r:.40}, text is needed")
+    template = _read(folder / "chat_template.jinja", bytes.decode, absent=template)
+    for name in arguments:
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            raise ValueError(f"--template-args has {name!r}, which the template of {folder} never uses")
+    return template
+
+
+def ends_within(seconds, call):
+    """Whether call() returns or fails in time, tried in a process of its own: nothing else stops 9**9**9."""
+    if not hasattr(os, "fork"):  # Windows
+        return True
+    child = os.fork()
+    if child == 0:
+        try:
+            call()
+        finally:
+            os._exit(0)
+    deadline = time.monotonic() + seconds
+    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return False
+        time.sleep(0.001)
+    return True
 
 
 def find_turn_end(render, special, stops):

@@ -4,6 +4,7 @@ The golden files were made by tests/golden/make_golden.py. Only one slow test ne
 import copy
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -371,7 +372,18 @@ REFUSED = [
     ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor, high_f"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ("llama", {"rope_theta": GONE, "rope_parameters": YARN, "rope_scaling": BARE}, "write rope_theta at the"),
-    ("llama", {"hidden_size": GONE, "vocab_size": "40"}, "{'vocab_size': '40', 'hidden_size': None}"),
+    ("llama", {"hidden_size": GONE}, "hidden_size missing"),
+    # Values of another kind than they should be.
+    ("llama", {"vocab_size": "40"}, "vocab_size is '40', not a positive integer"),
+    ("llama", {"vocab_size": True}, "vocab_size is True, not a positive integer"),
+    ("llama", {"head_dim": "24"}, "head_dim is '24'"), ("llama", {"model_type": ["llama"]}, "not text"),
+    ("llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5', not a positive number"),
+    ("llama", {"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
+    ("llama", {"rope_theta": 0}, "rope_theta is 0"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 0}}, "factor of RoPE is 0, not a positive"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor of RoPE is '2'"),
+    ("llama", {"rope_scaling": [1]}, "rope_scaling is [1], not an object"),
+    ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', not true or false"),
     ("llama", {"head_dim": 7}, "not 2 and 7"),
     ("llama", {"num_key_value_heads": 3}, "not 3 and 8"),
     ("qwen2", {"num_key_value_heads": GONE}, "not 32 and 8"),
