@@ -149,7 +149,11 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; --help lists every flag")
 
     def parse_args(self, argv):
-        args, unknown = self.parse_known_args(argv)
+        """All flags are known, or a ValueError says which are meant."""
+        try:
+            args, unknown = self.parse_known_args(argv)
+        except RecursionError:
+            raise ValueError("an @FILE of flags includes itself") from None
         if unknown:
             raise ValueError(f"{no_flag(unknown[0])} --help lists every flag")
         return args

@@ -460,9 +460,13 @@ def read_weights(path, model):
                 found[name] = reader.get_tensor(name)  # mapped, not read
     if model.config.tie_word_embeddings:  # then the head is a second name of the embedding, or not there
         head = found.pop("lm_head.weight", None)
+        if head is not None and "model.embed_tokens.weight" not in found:  # safetensors' save_model keeps one
+            found["model.embed_tokens.weight"] = head
         if head is not None and not torch.equal(head, found.get("model.embed_tokens.weight", head)):
             wrong.append("lm_head.weight is not the embedding; \"tie_word_embeddings\": false keeps both")
     wrong += [f"{name} is missing" for name in expected.keys() - found.keys()]
+    if "lm_head.weight is missing" in wrong:
+        wrong[wrong.index("lm_head.weight is missing")] += ' ("tie_word_embeddings": true uses the embedding)'
     wrong += [f"{name} is unexpected" for name in found.keys() - expected.keys()]
     for name in expected.keys() & found.keys():
         target, tensor = expected[name], found[name]

@@ -11,6 +11,7 @@ import collections
 import datetime
 import math
 import os
+import re
 import signal
 
 import torch
@@ -107,10 +108,9 @@ class Ranks:
 
 def pick_device(name):
     """The torch.device of that name, or the first GPU, or the CPU; ValueError if there is none."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"--device is {name!r}, it must be cpu, cuda or cuda:NUMBER") from None
+    if not re.fullmatch("|cpu|cuda(:[0-9]+)?", name):
+        raise ValueError(f"--device is {name!r}, it must be cpu, cuda or cuda:NUMBER")
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device is {name!r}, but PyTorch finds no CUDA device; leave it out")
     if device.type == "cuda":

@@ -100,6 +100,12 @@ def test_a_resumed_run_has_its_own_flags_and_given_ones_win(tmp_path):
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_file_of_flags_that_includes_itself_is_one_line(tmp_path):
+    """And no traceback of a thousand lines."""
+    (tmp_path / "a.args").write_text(f"@{tmp_path / 'a.args'}")
+    assert message(f"@{tmp_path / 'a.args'}") == "an @FILE of flags includes itself"
+
+
 @pytest.mark.parametrize("content", [
     None, "{", "[1]", "{}", '{"lr": "high"}', '{"epochs": 3}', '{"steps": true}'])
 def test_a_damaged_run_json_is_one_line_that_names_it(tmp_path, content):

@@ -325,7 +325,7 @@ def test_resume_and_output_refuse_another_run_and_touch_nothing(flags, data, tmp
     ("--anchor-low", ["--anchor-low 9", "--anchor-low 3 --anchor-high 2"]),   # of G = 8
     ("--anchor-high", ["--anchor-high 9"]),
     ("--kl", ["--method sft --kl 0.1"]),
-    ("toaster", ["--device toaster"]),
+    ("must be cpu, cuda or cuda:NUMBER", [f"--device {name}" for name in ("toaster", "mps", "meta")]),
     ("--eval-data", ["--eval --eval-data ''"]),
     ("without --resume", ["--resume"]),                    # nothing there yet
     ("--output", ["--resume --output ''"])])
