@@ -775,8 +775,12 @@ def answer(policy, problems, step, samples, temperature=None):
 def begin(config, ranks, folder, optimizer, saved, say):
     """A new State, or a checkpoint's, which must be of a run with these options; writes run.json."""
     options = dataclasses.asdict(config)
-    for name, path in (("data_sha256", config.data), ("eval_sha256", config.eval_data)):
-        options[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+    # Of the model what decides prompts, stops and arithmetic, but not the weights.
+    small = [Path(config.model) / name for name in ("config.json", *plain.COMPANION_FILES)]
+    for name, paths in (("data_sha256", [config.data]), ("eval_sha256", [config.eval_data]),
+                        ("model_sha256", small)):
+        content = b"".join(Path(path).read_bytes() for path in paths if Path(path).is_file())
+        options[name] = hashlib.sha256(content).hexdigest() if content else ""
     state = State()
     history = []  # of every process that worked on this run
     if saved:
@@ -784,9 +788,10 @@ def begin(config, ranks, folder, optimizer, saved, say):
         history = before.pop("history", [])
         for name, was in before.items():
             now = options.get(name)
-            if name == "data_sha256" and now != was:
-                raise ValueError(f"--resume: {config.data} has changed since the run in {config.output} "
-                                 "began; start a new run in another --output")
+            if name in ("data_sha256", "model_sha256") and now != was:
+                path = config.data if name == "data_sha256" else f"a tokenizer or template in {config.model}"
+                raise ValueError(f"--resume: {path} has changed since the run in {config.output} began; "
+                                 "start a new run in another --output")
             if name not in MAY_DIFFER and now != was:
                 raise ValueError(f"--resume: {name} is {now!r}, but the run in {config.output} has {was!r}; "
                                  "start a new run in another --output")

@@ -234,7 +234,7 @@ def flags_of_run(parser, path):
         options = json.loads(path.read_bytes())
         for name, value in {"model": options["model"], **options}.items():  # that at least it has
             # Hashes and history are no options; what replaced an older run must not replace this one.
-            if name in ("data_sha256", "eval_sha256", "history", "overwrite") or value is False:
+            if name.endswith("_sha256") or name in ("history", "overwrite") or value is False:
                 continue
             flag = "--" + name.replace("_", "-")
             flags.append(flag if value is True else f"{flag}={value}")

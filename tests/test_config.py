@@ -14,7 +14,7 @@ from conftest import CHAIN
 
 FLAGS = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(Config)]
 FIRST = "model data eval_data output method steps problems_per_step group_size max_new_tokens lr".split()
-HASHES = {"data_sha256": "a", "eval_sha256": "", "history": [{"step": 0}]}
+HASHES = {"data_sha256": "a", "eval_sha256": "", "model_sha256": "b", "history": [{"step": 0}]}
 
 
 def message(*argv):

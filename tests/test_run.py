@@ -306,6 +306,17 @@ def test_resume_and_output_refuse_another_run_and_touch_nothing(flags, data, tmp
     assert [row["step"] for row in read_lines(folder / "metrics.jsonl")] == [1]
 
 
+def test_resume_sees_a_changed_template(flags, tmp_path, capsys):
+    """Which would give other prompts: one line says what has changed."""
+    shutil.copytree(CHAIN / "model", tmp_path / "model")
+    common = f"--model {tmp_path / 'model'} --method sft --eval-data ''"
+    assert bread.main(flags(tmp_path / "run", f"{common} --steps 1")) == 0
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[-1].content }} ")
+    capsys.readouterr()
+    assert bread.main(flags(tmp_path / "run", f"{common} --resume")) == 2
+    assert f"a tokenizer or template in {tmp_path / 'model'} has changed" in one_line(capsys)
+
+
 # ---------------------------------------------------------------- the command line
 
 
