@@ -422,7 +422,7 @@ def search_anchors(policy, problems, step):
             probes.append({"step": step + 1, "id": id, "cut": asked[id], "of": length,
                            "share": asked[id] / length, "rollouts": len(group),
                            "successes": num_successes(group)})
-    for row in sorted(probes, key=lambda row: list(by_id).index(row["id"])):  # search by search
+    for row in probes:
         found = accepted[row["id"]]
         policy.probes.append(row | {"accepted": bool(found) and found[0].cut == row["cut"]})
     policy.counts["searched"] += len(problems)

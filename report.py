@@ -467,13 +467,13 @@ def asked(question):
 
 def plot(folders, path):
     """Draw runs to a PNG file, each in one colour. ValueError without matplotlib, or without a run."""
+    runs = [derive(read_rows(folder, "metrics.jsonl")) for folder in folders]
     try:
         import matplotlib
         from matplotlib.figure import Figure
         from matplotlib.ticker import EngFormatter, MaxNLocator
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    runs = [derive(read_rows(folder, "metrics.jsonl")) for folder in folders]
     is_sampled = any(rows[-1]["tokens/sampled"] for rows in runs)  # imitation alone samples nothing
     with matplotlib.rc_context(LOOKS):
         figure = Figure(figsize=(11, 5.8))
