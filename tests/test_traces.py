@@ -377,6 +377,21 @@ def test_what_the_reward_pays_is_a_statement(tokenizer):
         bread.to_problem(Config(max_new_tokens=9), tokenizer, shape, True, row)
 
 
+@pytest.mark.parametrize("trace, answer, words", [
+    ("So #### 13", "12", "the trace contradicts the answer: '13' for '12'"),
+    ("So 12", "proof", "the answer cannot be checked: 'proof'"),
+    ("So " * 999, "12", "prompt and trace exceed the model's 999 positions")])
+def test_rows_of_no_use_have_a_reason(tokenizer, trace, answer, words):
+    """Which `read_data` counts; a user's reward may know what ours cannot check."""
+    shape = SimpleNamespace(max_position_embeddings=999, vocab_size=400)
+    row = Row(1, "a", [{"role": "user", "content": ASKED}], trace, answer, "")
+    with pytest.raises(ValueError, match=words):
+        bread.to_problem(Config(max_new_tokens=9), tokenizer, shape, True, row)
+    own = Config(max_new_tokens=9, reward="own.py:reward")
+    if "positions" not in words:
+        assert bread.to_problem(own, tokenizer, shape, True, row).answer == answer
+
+
 def test_thinking_is_cut_inside_only():
     """Never behind </think>, nor so that an anchor shows "<think>" alone; a name's first mention counts."""
     assert cuts_of("<think>\n\nhm\n\nso\n</think>\n\nwell\n\nthen", "7") == [13]
