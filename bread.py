@@ -25,7 +25,6 @@ accepted cut is skipped (--on-fail); the loss is a token mean, clipped at 0.2, w
 Dimension key: G rollouts of a group   N sampled tokens of a micro-batch, end to end   D hidden size
 """
 import collections
-import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -63,6 +62,7 @@ from checkpoint import RunFolder, load, to_json, write_tensors, write_whole
 from config import check_paths, load_function, parse_args
 from cuts import find_cuts
 from data import read_data, read_rows
+from endings import ANY_MEMORY_FLAG, Ended, RewardError, out_of_memory, training
 from evaluation import is_right, summarise, summary_lines
 from packing import Prefixes, forward_suffixes, halve, make_batches
 from parallel import MasterAdamW, Ranks
@@ -74,7 +74,6 @@ from traces import Problem, Tokenizer, make_problem, reach_lines
 
 EXAMPLE = Path(__file__).resolve().parent / "examples" / "chain"
 HINT_ROOM = 64  # tokens for the words around a hint; the hint itself counts toward --max-new-tokens
-ANY_MEMORY_FLAG = "a lower --sample-batch-size or --micro-batch-tokens, --recompute or --offload"
 # Options that a resumed run may change: they decide when it stops and what fits, never what is computed.
 MAY_DIFFER = """steps token_budget output overwrite resume device eval_every eval_samples save_every data
                 eval_data eval_sha256 sample_batch_size micro_batch_tokens recompute offload
@@ -123,14 +122,6 @@ class State:
             for mine, new in ((self.shown, theirs["shown"]), (self.used, theirs["used"])):
                 mine |= {id: max(cut, mine.get(id, 0)) for id, cut in new.items()}
             self.memory |= theirs["memory"]
-
-
-class RewardError(Exception):
-    """A reward function that raised an error, or gave what is no number."""
-
-
-class Ended(Exception):
-    """A run that could not go on; the text says why, what to do, and what was saved."""
 
 
 # --reward; a user's is a function of (completion, answer, problem), too. None: it cannot be judged.
@@ -843,27 +834,6 @@ def checkpoint_bytes(optimizer):
     return sum(weight.numel() * (weight.element_size() + 12) for weight in optimizer.weights)
 
 
-@contextlib.contextmanager
-def training(save_run):
-    """Whatever ends a run early costs no finished step: it is saved as it was after the last one, and the
-    reason is one line; a bug's traceback, of ours or of a user's method, is in crash.txt."""
-    try:
-        yield
-        return
-    except Exception as error:
-        failure = error
-    is_bug = not isinstance(failure, (OSError, FloatingPointError, MemoryError, RewardError))
-    if isinstance(failure, torch.OutOfMemoryError):
-        is_bug = False
-        failure = MemoryError(out_of_memory_line(failure, ANY_MEMORY_FLAG))
-    trace = "".join(traceback.format_exception(failure)) if is_bug else ""
-    failure = failure.with_traceback(None)  # whose frames hold tensors: saving needs their memory
-    reason = f"{failure!r}" if is_bug else f"{failure}"
-    # Where numbers are not finite, what the last step left is broken already.
-    is_sound = not isinstance(failure, FloatingPointError)
-    raise Ended(f"{reason}; {save_run(trace, is_sound)}") from failure
-
-
 def rescue(policy, optimizer, ranks, folder, state, trace, is_sound):
     """Save a run that could not go on, if that is possible: a text of what became of it."""
     told = ""
@@ -880,20 +850,6 @@ def rescue(policy, optimizer, ranks, folder, state, trace, is_sound):
     except (OSError, FloatingPointError) as error:
         return f"{told}nothing more could be saved ({error}) in {last}"
     return f"{told}saved after step {state.step} in {last}"
-
-
-@contextlib.contextmanager
-def out_of_memory(flags, where=""):
-    """Turns the error of a device without memory into a MemoryError that says what to type."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(out_of_memory_line(error, flags, where)) from error.with_traceback(None)
-
-
-def out_of_memory_line(error, flags, where=""):
-    text = str(error).splitlines()[0]
-    return f"out of memory{where}: give {flags}; --plan shows what takes how much ({text})"
 
 
 def lengths_of(problems, held_out):
