@@ -35,7 +35,7 @@ OURS = {path.stem for path in ROOT.glob("*.py")} | {"kernels"}
 # runs (190), TensorBoard, whole groups, progress (75); in config.py headings, near misses, a run's flags,
 # paths (109); in bread.py rewards of users, rows left out one by one, an evaluation's files (100).
 # Nothing lost: endings.py, and in bread.py one way out of a run (20); in model.py kinds of fields (28), in
-# traces.py templates that never end or drop the question (40), in checkpoint.py the best one and the disk (14).
+# traces.py templates that never end or drop the question (40), in checkpoint.py the best one, the disk (14).
 LINES = {"bread.py": 952, "config.py": 295, "model.py": 594, "sampler.py": 577, "packing.py": 262,
          "parallel.py": 267, "traces.py": 307, "data.py": 233, "rewards.py": 294, "checkpoint.py": 274,
          "plan.py": 227, "report.py": 566, "cuts.py": 201, "evaluation.py": 87, "endings.py": 57,
