@@ -290,7 +290,7 @@ code = bread.main()
 saved = sorted(path.name for path in (where / "run").glob("checkpoint-*"))
 (where / f"code-{os.environ['RANK']}").write_text(f"{code} {' '.join(saved)}")
 until = time.monotonic() + 30
-while len(list(where.glob("code-*"))) < 2 and time.monotonic() < until:
+while code == 130 and len(list(where.glob("code-*"))) < 2 and time.monotonic() < until:
     time.sleep(0.05)
 sys.exit(code)
 """
