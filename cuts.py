@@ -27,7 +27,7 @@ CLOSED = re.compile(
     r"|(?<!\\)\$(?=\S)(?:[^$\n\\]|\\.|\n(?!\n)){1,400}?(?<=\S)\$(?![0-9])", re.S)
 
 # ---- What claims a value: a sign or a word, some words between, decoration.
-SIGNS = (r"(?<![<>!+])=>?|[≈≡>→⇒⟹∴∈]|->|等于|得到|答案是|\\(?:to|in|approx|(?:[Ll]ong)?[Rr]ightarrow|implies"
+SIGNS = (r"(?<!\s!)(?<!\+)=>?|[≈≡>→⇒⟹∴∈]|->|等于|得到|答案是|\\(?:to|in|approx|(?:[Ll]ong)?[Rr]ightarrow|implies"
          r"|equiv|therefore)(?![a-zA-Z])|\b(?:[Ii]t|[TtWw]hat|[Tt]?[Hh]ere|answer|result|total)['’]s\b")
 WORDS = (r"\b(?:is|are|was|were|(?<!not )(?<!cannot )(?<!n['’]t )be|been|being|becom(?:es?|ing)"
          r"|equal(?:s|ling)?|giv(?:es?|ing)|gave|gets?|getting|got|mak(?:es?|ing)|yield(?:s|ing)?"
@@ -57,7 +57,7 @@ VALUE_END = re.compile(
 GOES_ON = re.compile(
     r"[ \t]?(?:[+×·÷≤≥√]|_(?=[\w{])|<(?!/)|\^(?!\{?\\circ)|\*(?=[ \t]*[\w\\(])|/(?![a-zA-Z])|x\s*[0-9]"
     r"|[-−–](?!-|\s+[a-zA-Z]{2})|![ \t]*[-+*/×=)$\\a-z]|[a-zA-Z]{1,9} ?&? ?(?:[+*^]|-\s?[0-9])"
-    r"|(?:times|plus|minus|mod|divided by|multiplied by)\s+[0-9]|(?:thousand|[mb]illion)\b"
+    r"|(?:times|plus|minus|mod|divided by|multiplied by)\s+[0-9]"
     r"|\\(?:times|cdot|div|[dt]?frac|[dt]?binom|sqrt|pi|[lg]eq?|pm|sin|cos|tan|log|ln|alpha|theta|[bp]?mod)"
     r"(?![a-z]))|\(\w|[$*\s)]{0,3}\?")
 # ---- Numbers and formulas, however spelled. 1,000 and LaTeX's 1{,}000 and 1,\!000 are one number each.

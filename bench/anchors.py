@@ -5,7 +5,7 @@ r"""Do anchors state the answer, and how far do they reach? On public traces, ra
 MATH-500's solutions are LaTeX; people and models think in plain signs, so each trace is also written in ASCII
 (1/6, sqrt(2), pi) and in Unicode (√2, π). "Thinking": the trace without its box between <think> and </think>,
 the boxed answer behind it. A claim is found by a reading of its own, apart from cuts.py: the anchor, blanks
-and brackets removed, holds "=", "is", "be", "equals", "gives", "get", "->", "'s" or "**" and directly behind
+and brackets removed, holds "=", "is", "be", "equals", "gives", "get", "->", "it's" or "**" and directly behind
 it the answer in one of the three notations, where no digit, letter or operator goes on.
 """
 import argparse
@@ -26,8 +26,10 @@ ASCII = [(r"\\d?frac\s*(\d)\s*(\d)", r"\1/\2"), (r"\\d?frac\{([^{}]{1,9})\}\{([^
          (r"\\[\[\]()!,]|\$", "")]
 UNICODE = [(r"\bsqrt\((\w+)\)", r"√\1"), (r"(?<![a-z])pi(?![a-z])", "π"), (r"\*", "×"), (r"\^2\b", "²")]
 NOTATIONS = {"LaTeX": [], "ASCII": ASCII, "Unicode": ASCII + UNICODE}
-CLAIM = r"(?:=|\bis|\bbe|\bequals|\bgives|\bgets?|->|['’]s|\*\*)[\s$*\\({\[:]{0,12}"
-ENDS = r"(?:[.,;:](?!\d)|\*\*|\\\)|\\\]|$|(?=\s[A-Za-z]))"
+CLAIM = (r"(?:=|\bis|\bbe|\bequals|\bgives|\bgets?|->|(?:it|that|what|here)['’]s|\*\*)"
+         r"[\s$*\\({\[:]{0,12}")
+# A word may be a unit, unless a sum or product goes on: "is 5 x 3", "= 30 gallons + 10 gallons".
+ENDS = r"(?:[.,;:](?!\d)|\*\*|\\\)|\\\]|$|(?=\s(?!x\s?\d)[A-Za-z]+\b(?!\s?[-+*/]\s?\d)))"
 COLUMNS = ("traces", "notation", "form", "problems", "cuts each", "without a cut",
            "last anchor claims the answer", "an anchor is paid", "reach of the last cut, median",
            "of those whose trace allows 60%")
