@@ -5,8 +5,8 @@ r"""Do anchors state the answer, and how far do they reach? On public traces, ra
 MATH-500's solutions are LaTeX; people and models think in plain signs, so each trace is also written in ASCII
 (1/6, sqrt(2), pi) and in Unicode (√2, π). "Thinking": the trace without its box between <think> and </think>,
 the boxed answer behind it. A claim is found by a reading of its own, apart from cuts.py: the anchor, blanks
-and brackets removed, holds "=", "is", "be", "equals", "gives", "get", "->", "it's" or "**" and directly behind
-it the answer in one of the three notations, where no digit, letter or operator goes on.
+and brackets removed, holds "=", "is", "be", "equals", "gives", "get", "->", "it's" or "**" and directly
+behind it the answer in one of the three notations, where no digit, letter or operator goes on.
 """
 import argparse
 import json
