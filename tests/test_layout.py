@@ -41,7 +41,7 @@ LINES = {"bread.py": 952, "config.py": 295, "model.py": 594, "sampler.py": 577, 
          "plan.py": 227, "report.py": 566, "cuts.py": 201, "evaluation.py": 87, "endings.py": 57,
          "kernels": 721}
 SHIPPED_LINES = 5914
-TEST_LINES = 6600  # 4,500 were asked for; 289 prove the methods and the search, 220 fused kernels
+TEST_LINES = 6601  # 4,500 were asked for; 289 prove the methods and the search, 220 fused kernels
 # and graphs, 360 memory: the plan, masters, halves, files of all ranks
 BENCH_LINES = 2325  # anchors.py 114; memory.py, attention.py, trl_step.py are 340 of them
 

@@ -517,7 +517,8 @@ def test_what_a_reader_is_told_of_traces(problem_of, make):
 
 @needs_data
 @pytest.mark.parametrize("path", [
-    "gsm8k/test.jsonl", "math500/math500_test.json", pytest.param("gsm8k/train.jsonl", marks=pytest.mark.slow)])
+    "gsm8k/test.jsonl", "math500/math500_test.json",
+    pytest.param("gsm8k/train.jsonl", marks=pytest.mark.slow)])
 def test_anchors_of_public_traces(path):
     """In all notations, raw and as thinking: docs/ANCHORS.md is what bench/anchors.py measures; no anchor
     claims the answer or is paid, and they reach beyond 60% in the median."""
