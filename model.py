@@ -98,7 +98,7 @@ def check_fields(raw):
         wrong += [f"{name} is {raw[name]!r:.40}, not {kind}" for name in given if not kinds[kind](raw[name])]
     rope = raw.get("rope_scaling") or raw.get("rope_parameters")
     for name, value in rope.items() if isinstance(rope, dict) else ():
-        if name in ROPE_SETTINGS - {"rope_type", "truncate"} and value is not None and not is_positive(value):
+        if name in ROPE_SETTINGS - {"rope_type"} and value is not None and not is_positive(value):
             wrong.append(f"{name} of RoPE is {value!r:.40}, not a positive number")
     if wrong:
         raise ValueError(f"config.json: {'; '.join(wrong)}")
