@@ -18,15 +18,20 @@ Works with any model that has `model(tokens_BT, positions_BT, cache) -> hidden_B
 `cache.attend(layer, q_BHTC, k_BKTC, v_BKTC) -> out_BHTC` in its layers; a layer may run again, as
 torch.utils.checkpoint makes it in the backward pass.
 
-Dimension key: G rows of a call   P tokens of their prefix   R tokens of the longest   N tokens end to end
+Dimension key: N tokens end to end   M keys of all rows   G rows of a prefix   P its tokens   R a row's
     H query heads   K key/value heads   C head size   B, T, D as in the model
 """
 import dataclasses
+import inspect
 import itertools
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
+
+# torch 2.11 takes fewer key/value heads as they are, 2.12 wants to be told.
+GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 @dataclasses.dataclass
@@ -82,8 +87,7 @@ def make_batches(rollouts, max_tokens, weight_of, device):
         batches = []
         room = 0
         for i, (context, group) in enumerate(pack):
-            # Of a context the longest first, as `layout` wants them.
-            for rollout in sorted(group, key=lambda rollout: -len(rollout.completion_ids)):
+            for rollout in group:
                 if not batches or len(rollout.completion_ids) > room:
                     batches.append([])
                     room = max_tokens - sum(map(len, contexts))
@@ -135,24 +139,22 @@ class Prefixes:
 
     def __init__(self, model, sequences):
         self.lengths = [len(sequence) for sequence in sequences]
-        self.roots = []   # per layer: keys (K, P, C) of every sequence, then their values, with their graph
+        self.roots = []   # per layer: keys and values (N, K, C) with their graph
         self.leaves = []  # the same, cut off from it
         if any(self.lengths):
             device = next(model.parameters()).device
+            self.ragged = Ragged(self.lengths, self.lengths, device)
             tokens_N = torch.tensor([token for sequence in sequences for token in sequence], device=device)
             positions_N = torch.cat([torch.arange(length, device=device) for length in self.lengths])
             model(tokens_N[None], positions_N[None], self)
 
     def attend(self, layer, q_BHTC, k_BKTC, v_BKTC):
         """Keep the K/V of the packed row (B = 1); attention is causal inside each sequence."""
-        # split, not slices: its backward pass is one concatenation.
-        queries, keys, values = (x[0].split(self.lengths, 1) for x in (q_BHTC, k_BKTC, v_BKTC))
+        q_NHC, k_NKC, v_NKC = (x_BHTC[0].transpose(0, 1) for x_BHTC in (q_BHTC, k_BKTC, v_BKTC))
         if layer == len(self.roots):  # not when activations are recomputed: those K/V belong to no graph
-            self.roots.append(keys + values)
-            self.leaves.append([x.detach().requires_grad_(x.requires_grad) for x in keys + values])
-        outs = [F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)
-                for q, k, v in zip(queries, keys, values) if q.shape[1]]
-        return torch.cat(outs, 2)
+            self.roots.append((k_NKC, v_NKC))
+            self.leaves.append([x.detach().requires_grad_(x.requires_grad) for x in (k_NKC, v_NKC)])
+        return self.ragged.attend(q_NHC, k_NKC, v_NKC).transpose(0, 1)[None]
 
     def backward(self):
         """Send the gradients that phase 2 left on the K/V through phase 1: once, after the last micro-batch.
@@ -175,88 +177,77 @@ def forward_suffixes(model, prefixes, rows):
         if not ids or not 0 <= i < len(prefixes.lengths):
             raise ValueError(f"row {number}: {len(ids)} tokens behind prefix {i}; it needs a token or more "
                              f"and a prefix from 0 to {len(prefixes.lengths) - 1}")
-    positions, places, calls = layout(prefixes.lengths, rows)
     device = next(model.parameters()).device
     tokens_N = torch.tensor([token for _, ids in rows for token in ids], device=device)
-    cache = Suffixes(prefixes, torch.tensor(places, device=device), calls)
+    positions = [prefixes.lengths[i] + n for i, ids in rows for n in range(len(ids))]
+    cache = Suffixes(prefixes, rows, device)
     return model(tokens_N[None], torch.tensor(positions, device=device)[None], cache)[0]
-
-
-def layout(prefix_lengths, rows):
-    """Which attention calls serve the rows: (positions of the packed tokens, their places among the padded
-    rows of all calls, the calls (index of the prefix, G, R)).
-
-    A call takes neighbours of one prefix, none longer than its first and none shorter than 4/5 of it: at most
-    a fifth is padding, and rows of falling length need few calls. (Half, and no padding, are 3 to 5% slower
-    for a tiny model's update on a CPU; for rows of 64 to 512 tokens attention takes 1.3 times as long with
-    half, as long without padding.)
-
-        packed  7 8 9 3 4 1 2 1 2 6 5    calls  7 8 9 3 4   6   5     prefix 0 of 4 tokens: all but the 5
-                                                1 2 1 2 .             prefix 1 of 2 tokens: 5
-
-    >>> rows = [(0, [7, 8, 9, 3, 4]), (0, [1, 2, 1, 2]), (0, [6]), (1, [5])]
-    >>> layout([4, 2], rows)[1:]
-    ([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11], [(0, 2, 5), (0, 1, 1), (1, 1, 1)])
-    """
-    positions, places = [], []
-    calls = []
-    start = 0  # of the row's padded place
-    for i, ids in rows:
-        if not calls or calls[-1][0] != i or not 4 * len(ids) <= 4 * calls[-1][2] <= 5 * len(ids):
-            calls.append((i, 0, len(ids)))
-        _, G, R = calls[-1]  # R is the length of its first row
-        calls[-1] = (i, G + 1, R)
-        positions += range(prefix_lengths[i], prefix_lengths[i] + len(ids))
-        places += range(start, start + len(ids))
-        start += R
-    return positions, places, calls
 
 
 class Suffixes:
     """The cache of phase 2. It stores nothing: a layer may run any number of times."""
 
-    def __init__(self, prefixes, places_N, calls):
+    def __init__(self, prefixes, rows, device):
         self.prefixes = prefixes
-        self.places_N = places_N
-        self.calls = calls
+        # Where a row's keys are, its prefix's and its own, among those of all prefixes and then all rows.
+        # Flash attention wants them together; with few key/value heads the copies are small.
+        ends = [0, *itertools.accumulate(prefixes.lengths)]
+        own = ends[-1]
+        places = []
+        for i, ids in rows:
+            places += [*range(ends[i], ends[i + 1]), *range(own, own + len(ids))]
+            own += len(ids)
+        self.places_M = torch.tensor(places, device=device)
+        lengths = [len(ids) for _, ids in rows]
+        self.ragged = Ragged(lengths, [prefixes.lengths[i] + len(ids) for i, ids in rows], device)
 
     def attend(self, layer, q_BHTC, k_BKTC, v_BKTC):
         """Each row inside the packed row (B = 1) attends to [its prefix ; itself], causally."""
-        outs = []
-        for (i, G, R), q, k, v in zip(self.calls, self.pad(q_BHTC), self.pad(k_BKTC), self.pad(v_BKTC)):
-            # (G * R, heads, C) -> (G, heads, R, C)
-            q, k, v = (x.unflatten(0, (G, R)).transpose(1, 2) for x in (q, k, v))
-            # Every row sees its prefix, which is stored once: expand copies nothing, the concatenation does.
-            if self.prefixes.lengths[i]:
-                leaves = self.prefixes.leaves[layer]
-                k = torch.cat((leaves[i].expand(G, -1, -1, -1), k), 2)
-                v = torch.cat((leaves[i + len(self.prefixes.lengths)].expand(G, -1, -1, -1), v), 2)
-            # Queries end where keys end: the causal mode of flash attention, on the CPU an (R, P + R) mask.
-            # Padding is to the right, so no real token sees it.
-            out = F.scaled_dot_product_attention(q, k, v, causal_lower_right(R, k.shape[2]), enable_gqa=True)
-            outs.append(out.transpose(1, 2).flatten(0, 1))
-        return Unpad.apply(torch.cat(outs), self.places_N).transpose(0, 1).unsqueeze(0)
-
-    def pad(self, x_BHTC):
-        """The packed row as one (G * R, H, C) per call. A copy into zeros: the backward pass of a gather with
-        repeats would add with atomics."""
-        x_NHC = x_BHTC[0].transpose(0, 1)
-        sizes = [G * R for _, G, R in self.calls]
-        padded = x_NHC.new_zeros(sum(sizes), *x_NHC.shape[1:]).index_copy(0, self.places_N, x_NHC)
-        return padded.split(sizes)
+        q_NHC, *own = (x_BHTC[0].transpose(0, 1) for x_BHTC in (q_BHTC, k_BKTC, v_BKTC))
+        if self.prefixes.leaves:  # else no prefix has a token
+            own = [Gather.apply(torch.cat(both), self.places_M)
+                   for both in zip(self.prefixes.leaves[layer], own)]
+        return self.ragged.attend(q_NHC, *own).transpose(0, 1)[None]
 
 
-class Unpad(torch.autograd.Function):
-    """x_MHC.index_select(0, places_N), no place taken twice: its own backward pass would add with atomics."""
+class Ragged:
+    """Causal attention over sequences end to end, each of whose last query sees its last key."""
+
+    def __init__(self, queries, keys, device):
+        self.lengths = queries, keys  # on the host too, so that no layer waits for the GPU to read them
+        # Variable-length flash attention is one call, where a GPU has it: an update is up to 4 times as fast
+        # (docs/TRIED.md). Elsewhere each sequence has a call of its own, as fast on a CPU.
+        self.flash = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        if self.flash:
+            self.ends = [torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+                         for lengths in self.lengths]
+
+    def attend(self, q_NHC, k_MKC, v_MKC):
+        """(N, H, C) queries, (M, K, C) keys and values -> (N, H, C)."""
+        if self.flash and q_NHC.dtype in (torch.float16, torch.bfloat16) and q_NHC.shape[-1] % 8 == 0:
+            return varlen_attn(q_NHC, k_MKC, v_MKC, *self.ends, *map(max, self.lengths),
+                               window_size=(-1, 0), **GQA)
+        queries, keys = self.lengths
+        rows = zip(q_NHC.transpose(0, 1).split(queries, 1), k_MKC.transpose(0, 1).split(keys, 1),
+                   v_MKC.transpose(0, 1).split(keys, 1))
+        outs = [F.scaled_dot_product_attention(q[None], k[None], v[None], enable_gqa=True,
+                                               attn_mask=causal_lower_right(q.shape[1], k.shape[1]))[0]
+                for q, k, v in rows if q.shape[1]]  # an empty prefix has no queries
+        return torch.cat(outs, 1).transpose(0, 1)
+
+
+class Gather(torch.autograd.Function):
+    """x_NKC.index_select(0, places_M), whose gradient is summed in float32 or better."""
 
     @staticmethod
-    def forward(ctx, x_MHC, places_N):
-        ctx.save_for_backward(places_N)
-        ctx.size = len(x_MHC)
-        return x_MHC.index_select(0, places_N)
+    def forward(ctx, x_NKC, places_M):
+        ctx.save_for_backward(places_M)
+        ctx.size = len(x_NKC)
+        return x_NKC.index_select(0, places_M)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_NHC):
-        grad_MHC = grad_NHC.new_zeros(ctx.size, *grad_NHC.shape[1:])
-        return grad_MHC.index_copy_(0, ctx.saved_tensors[0], grad_NHC), None
+    def backward(ctx, grad_MKC):
+        dtype = torch.promote_types(grad_MKC.dtype, torch.float32)
+        grad_NKC = grad_MKC.new_zeros(ctx.size, *grad_MKC.shape[1:], dtype=dtype)
+        return grad_NKC.index_add_(0, ctx.saved_tensors[0], grad_MKC.to(dtype)).to(grad_MKC.dtype), None

@@ -4,7 +4,8 @@
     python bench/memory.py --tables      # those of docs/MEMORY.md: what fits on which card
 
 Two steps by bread.py's functions: --problems problems, groups of 8, rollouts of exactly --new tokens, all
-with a gradient. Peaks of the second: on a GPU what torch has reserved, by phase, else the process (VmHWM).
+with a gradient. Peaks of the second: on a GPU of all tensors, by phase, and what torch has reserved in the
+end; else the process (VmHWM).
 "optimizer s": its part of a step, with transfers under --offload.
 """
 import random
@@ -32,7 +33,7 @@ def peak(device, reset=False):
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_reserved()
+        return torch.cuda.max_memory_allocated()
     if reset:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (man 5 proc)
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -146,6 +147,7 @@ def main():
         measured["optimizer"] = peak(args.device)
     pairs = {"peak": (planned.needed, max(measured.values()))}
     if args.device.type == "cuda":  # a process keeps what it had in another phase
+        pairs["reserved"] = planned.needed, torch.cuda.memory_reserved()
         always = sum(planned.always.values())
         pairs |= {phase: (always + sum(planned.phases[phase].values()), found)
                   for phase, found in measured.items()}

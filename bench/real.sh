@@ -12,18 +12,19 @@ trap 'rm -rf "$work"' EXIT
 mkdir -p "$out"
 head -n "${EVALS:-200}" "$test" > "$work/heldout.jsonl"
 
-run() {  # method, model, more flags: a run of its own, cut off when the time is up, which saves it
-    local left=$((seconds - SECONDS))
+run() {  # per cent of the time that is left, method, model, more flags: a run of its own; cut off, it saves
+    local left=$(((seconds - SECONDS) * $1 / 100))
+    shift
     timeout -s INT "$((left > 20 ? left : 20))" python3 bread.py --method "$1" --model "$2" --data "$train" \
         --eval-data "$work/heldout.jsonl" --output "$work/$1" --device "$device" @examples/gsm8k.args \
         --problems-per-step "$problems" "${@:3}" 2>&1 | tee "$out/$1.txt" || true
 }
 
-run sft "$model" --steps "$((steps * 2))" --lr 3e-5 --eval-every 100000
+run 40 sft "$model" --steps "$((steps * 2))" --lr 3e-5 --eval-every 100000
 warm=$(ls -d "$work"/sft/checkpoint-* | tail -n 1)
-run bread "$warm" --steps "$steps" --eval-every "$((steps / 4 + 1))"
+run 55 bread "$warm" --steps "$steps" --eval-every "$((steps / 4 + 1))"
 tokens=$(tail -n 1 "$work/bread/metrics.jsonl" | python3 -c "import json; print(json.loads(input())['tokens/sampled'])")
-run grpo "$warm" --steps 100000 --token-budget "$tokens" --eval-every "$((steps / 4 + 1))"
+run 100 grpo "$warm" --steps 100000 --token-budget "$tokens" --eval-every "$((steps / 4 + 1))"
 for name in bread grpo; do cp "$work/$name/metrics.jsonl" "$out/$name-metrics.jsonl"; done
 python3 report.py "$work/bread" > "$out/search.txt" || true
 python3 report.py "$work/bread" "$work/grpo" --plot "$out/curves.png" || echo "no curves: pip install matplotlib"

@@ -6,9 +6,15 @@ import torch
 
 @functools.cache
 def _stream_and_pool(device):
-    # One pool for all graphs: they take turns, so they can share memory. The object keeps it alive without a
-    # graph; torch.cuda.graph_pool_handle() would not, and capturing into a pool that has died fails.
-    return torch.cuda.Stream(device), torch.cuda.MemPool()
+    # One pool for all graphs, which take turns. A graph that is never deleted keeps it alive: torch 2.11
+    # fails to capture into a pool whose graphs are gone, a torch.cuda.MemPool included.
+    stream = torch.cuda.Stream(device)
+    keeper = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        keeper.capture_begin(capture_error_mode="thread_local")
+        torch.zeros(1, device=device)  # an empty graph would be warned of
+        keeper.capture_end()
+    return stream, keeper
 
 
 def capture(step):
@@ -18,7 +24,7 @@ def capture(step):
     any captured step. What `step` reads and writes has to stay where it is. An error of `step` is passed on.
     """
     current = torch.cuda.current_stream()
-    stream, pool = _stream_and_pool(current.device)
+    stream, keeper = _stream_and_pool(current.device)
     graph = torch.cuda.CUDAGraph()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
@@ -27,7 +33,7 @@ def capture(step):
         # cannot use it, though.
         if torch.cuda.mem_get_info(current.device)[0] < 2**30:
             torch.cuda.empty_cache()
-        graph.capture_begin(pool=pool.id, capture_error_mode="thread_local")
+        graph.capture_begin(pool=keeper.pool(), capture_error_mode="thread_local")
         try:
             out = step()
         finally:
