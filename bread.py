@@ -58,7 +58,7 @@ import torch
 
 import model as plain
 import report
-from checkpoint import RunFolder, load, to_json, write_tensors, write_whole
+from checkpoint import RunFolder, digest, fingerprint, load, to_json, write_tensors, write_whole
 from config import check_paths, load_function, parse_args
 from cuts import find_cuts
 from data import read_data, read_rows
@@ -188,27 +188,37 @@ class Policy:
         self.counts[counted_as] += sum(len(sequence) for sequence in sequences)
         return prefill(self.model, sequences)
 
+    def cuts(self, problem):
+        """Where an anchor may end: with room for an answer, and not paid itself, or that would be learned."""
+        near = [cut for cut in problem.cuts if cut < self.config.max_new_tokens]
+        return [cut for cut in near if not (self.pay(self.context(problem, cut)[1], problem) or 0) > 0]
+
     def judge(self, problem, cut, context, completion):
         """A sampled completion with its reward. The answer may be written across anchor and completion."""
         prompt_ids, anchor_ids = context
+        is_whole = completion.finish_reason != "length"
+        reward = self.pay(anchor_ids + completion.token_ids, problem, is_whole)
+        return Rollout(problem, cut, prompt_ids, anchor_ids, completion.token_ids, completion.logprobs,
+                       reward, completion.finish_reason, report.mean(completion.entropies))
+
+    def pay(self, token_ids, problem, is_whole=True):
+        """The reward of an answer, or None where it cannot be judged. RewardError if the function fails."""
         # Told where the prompt opened a thought: a box inside one that never closes is no answer.
         opening = "<think>\n" if self.tokenizer.opens_thinking else ""
-        text = opening + self.tokenizer.decode(anchor_ids + completion.token_ids)
-        if completion.finish_reason == "length" and self.config.reward in REWARDS:
+        text = opening + self.tokenizer.decode(token_ids)
+        if not is_whole and self.config.reward in REWARDS:
             text = without_cut_word(text)
         try:
             reward = self.reward(text, problem.answer, problem)
             if not (reward is None or isinstance(reward, numbers.Real) and math.isfinite(reward)):
                 raise TypeError(f"it returned {reward!r}, a finite number or None is needed")
-            reward = None if reward is None else float(reward)  # True is 1
+            return None if reward is None else float(reward)  # True is 1
         except Exception as error:  # whatever the user's function raises
             path = Path(self.config.output) / "reward_failed.json"
             write_whole(path, to_json({"id": problem.id, "answer": problem.answer, "completion": text}, 2))
             at = traceback.extract_tb(error.__traceback__)[-1]
             raise RewardError(f"--reward {self.config.reward}: {error!r} ({at.filename}, line {at.lineno}) "
                               f"at problem {problem.id}; the completion is in {path}") from error
-        return Rollout(problem, cut, prompt_ids, anchor_ids, completion.token_ids, completion.logprobs,
-                       reward, completion.finish_reason, report.mean(completion.entropies))
 
     def tell(self, groups, sums, memory):
         """What other ranks have to know of this one's step: numbers, no rollouts. Counting starts anew."""
@@ -366,10 +376,9 @@ def anchor_search(num_cuts, group_size, low=1, high=0):
     return accepted
 
 
-def probe(config, problem):
-    """`anchor_search` in terms of a problem (a generator): yields a cut in tokens, is sent the group that was
-    sampled behind it, returns the accepted group or None."""
-    cuts = [cut for cut in problem.cuts if cut < config.max_new_tokens]  # others leave no room for an answer
+def probe(config, cuts):
+    """`anchor_search` over cuts in tokens (a generator): yields one, is sent the group that was sampled there,
+    returns the accepted group or None."""
     search = anchor_search(len(cuts), config.group_size, config.anchor_low, config.anchor_high)
     groups = {}
     successes = None  # what a generator is sent first
@@ -396,7 +405,7 @@ def search_anchors(policy, problems, step):
         trunk = policy.prefill(contexts, "probe"), {problem.id: i for i, problem in enumerate(problems)}
     by_id = {problem.id: problem for problem in problems}
     probes = []
-    searches = {problem.id: probe(policy.config, problem) for problem in problems}
+    searches = {problem.id: probe(policy.config, policy.cuts(problem)) for problem in problems}
     replies = dict.fromkeys(searches)  # the first thing sent to a generator is None
     accepted = {}
     while replies:
@@ -673,6 +682,10 @@ def read_problems(config, tokenizer, shape, method, say):
                              f"{config.problems_per_step}: add some, or lower --problems-per-step")
         if problems and needs_trace and config.method != "sft":
             say("\n".join(reach_lines(problems, tokenizer, config.max_new_tokens)))
+            silent = sum(extract_answer(problem.trace) is None for problem in problems)
+            if silent and config.reward in REWARDS:
+                say(f"warning: {silent} of {len(problems)} traces state no answer that the reward can read: "
+                    "\\boxed{}, #### or 'the answer is'; from their anchors the model learns no form of it")
         both.append(problems)
     trained = {str(problem.question) for problem in both[0]}
     overlap = sum(str(problem.question) in trained for problem in both[1])
@@ -702,11 +715,7 @@ def to_problem(config, tokenizer, shape, needs_trace, row):
         found = extract_answer(row.trace)
         if found is not None and not answers_match(found, gold):
             raise ValueError(f"the trace contradicts the answer: {found!r:.60} for {gold!r:.60}")
-
-    def cuts_of(trace, offsets, answer):
-        cuts = find_cuts(trace, offsets, answer, answers_match, config.max_episodes)
-        # Whatever find_cuts may miss: an anchor that is paid by itself would be learned within steps.
-        return [cut for cut in cuts if not math_reward(trace[:offsets[cut - 1][1]], answer)]
+    cuts_of = functools.partial(find_cuts, matches=answers_match, max_episodes=config.max_episodes)
     problem = make_problem(row, tokenizer, cuts_of, config.system or None)
     size = len(problem.prompt_ids)
     window = shape.max_position_embeddings
@@ -766,22 +775,24 @@ def answer(policy, problems, step, samples, temperature=None):
 def begin(config, ranks, folder, optimizer, saved, say):
     """A new State, or a checkpoint's, which must be of a run with these options; writes run.json."""
     options = dataclasses.asdict(config)
-    # Of the model what decides prompts, stops and arithmetic, but not the weights.
-    small = [Path(config.model) / name for name in ("config.json", *plain.COMPANION_FILES)]
-    for name, paths in (("data_sha256", [config.data]), ("eval_sha256", [config.eval_data]),
-                        ("model_sha256", small)):
-        content = b"".join(Path(path).read_bytes() for path in paths if Path(path).is_file())
-        options[name] = hashlib.sha256(content).hexdigest() if content else ""
+    options["data_sha256"] = digest(config.data)
+    options["eval_sha256"] = digest(config.eval_data) if config.eval_data else ""
+    # What decides prompts, stops and arithmetic; the weights where they are the reference.
+    files = [Path(config.model) / name for name in ("config.json", *plain.COMPANION_FILES)]
+    files += sorted(Path(config.model).glob("*.safetensors")) if config.kl else []
+    options["model_sha256"] = fingerprint([digest(file) for file in files if file.is_file()])
     state = State()
     history = []  # of every process that worked on this run
     if saved:
         before = ranks.from_first(folder.read_json("run.json") if folder else None)
-        history = before.pop("history", [])
+        told = before.pop("history", [])
+        history = told if isinstance(told, list) else []
         for name, was in before.items():
             now = options.get(name)
             if name in ("data_sha256", "model_sha256") and now != was:
-                path = config.data if name == "data_sha256" else f"a tokenizer or template in {config.model}"
-                raise ValueError(f"--resume: {path} has changed since the run in {config.output} began; "
+                what = f"tokenizer, template or reference {config.model}"
+                what = config.data if name == "data_sha256" else what
+                raise ValueError(f"--resume: {what} has changed since the run in {config.output} began; "
                                  "start a new run in another --output")
             if name not in MAY_DIFFER and now != was:
                 raise ValueError(f"--resume: {name} is {now!r}, but the run in {config.output} has {was!r}; "
@@ -791,7 +802,11 @@ def begin(config, ranks, folder, optimizer, saved, say):
                     "learning rate and every schedule over the run move with it")
         tensors, record = load(saved, optimizer.owns)
         optimizer.restore(tensors)
-        state = State(**record)
+        try:
+            state = State(**record)
+        except TypeError as error:
+            raise ValueError(f"--resume: {saved} is of another version of this program ({error}): begin a "
+                             f"new run with its weights, --model {saved}, in another --output") from error
         if config.steps < state.step:
             raise ValueError(f"--resume: the run has done {state.step} steps, --steps is {config.steps}")
         say(f"continues from {saved.name} at step {state.step}")
@@ -815,8 +830,7 @@ def save(policy, optimizer, ranks, folder, state):
     def write(path=None):
         path = ranks.from_first(path)
         if folder:
-            # Tokenizer files come from --model: checkpoints come and go.
-            policy.model.save_pretrained(path, companions=policy.config.model)
+            policy.model.save_pretrained(path)
         write_tensors(path, ranks.rank, optimizer.state())
         ranks.gather(None)  # all are done
 

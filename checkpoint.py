@@ -3,13 +3,14 @@
     run.json, metrics.jsonl, samples.jsonl, probes.jsonl; eval.json and eval.jsonl of an evaluation
     checkpoint-40/            a Hugging Face folder that loads as it is, and beside the model
         trainer-0-0.tensors     the optimizer's masters and moments, in safetensors format: of rank 0, part 0
-        trainer.json            everything else, and the size of every file; written last
+        trainer.json            everything else, and size and SHA-256 of every file; written last
     .lock                     locked while a process writes here
 
 A save fills checkpoint-40.tmp, waits for the disk (fsync), writes trainer.json and renames the folder. Killed
 at any moment, it leaves older checkpoints alone, and whoever opens the run next finishes the job: a .tmp
 folder that has its trainer.json is complete and gets its name, any other is removed.
 """
+import hashlib
 import itertools
 import json
 import os
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 LOGS = ("run.json", "crash.txt", "metrics.jsonl", "samples.jsonl", "probes.jsonl", "eval.json", "eval.jsonl")
-MANIFEST = "trainer.json"  # {"sizes": {file: bytes}, "record": what `save` was given}
+MANIFEST = "trainer.json"  # {"files": {file: [bytes, SHA-256]}, "record": what `save` was given, "sha256"}
 PART_BYTES = 2 << 30       # of one file of tensors: 2 GiB
 
 
@@ -43,10 +44,10 @@ class RunFolder:
         write_whole(self.path / name, to_json(obj, indent=2))
 
     def read_json(self, name):
-        """The content of the JSON file `name`; ValueError when it is missing or damaged."""
+        """The object in the JSON file `name`; ValueError when it is missing or damaged."""
         try:
-            return json.loads((self.path / name).read_bytes())
-        except (OSError, ValueError):
+            return dict(json.loads((self.path / name).read_bytes()))
+        except (OSError, ValueError, TypeError):
             raise ValueError(f"{self.path / name} is missing or damaged") from None
 
     def append(self, name, row):
@@ -104,14 +105,14 @@ class RunFolder:
                           "are free on this disk")
 
     def latest(self):
-        """(the newest complete checkpoint or None, a line of text for each newer one, all incomplete)."""
+        """(the newest sound checkpoint, all of which is read, or None; a line of text for each newer one)."""
         notes = []
         for _, folder in self._checkpoints():
             try:
-                read_record(folder)
+                read_record(folder, thorough=True)
                 return folder, notes
             except ValueError as error:
-                notes.append(f"{folder.name} is incomplete and was skipped: {error}")
+                notes.append(f"{folder.name} is damaged and was skipped: {error}")
         return None, notes
 
     def close(self):
@@ -206,14 +207,15 @@ def lock(path):
 
 def seal(folder, record):
     """Put every file of a checkpoint on the disk, and last the manifest that vouches for them."""
-    sizes = {}
+    files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         # safetensors writes 0600, unreadable for a serving user; the folder's mode shows what umask allows.
         path.chmod(folder.stat().st_mode & 0o666)
-        sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
         flush_to_disk(path)
+        files[path.relative_to(folder).as_posix()] = [path.stat().st_size, digest(path)]
     # Python's JSON keeps NaN here, unlike in the logs: what was saved is what is resumed.
-    write_whole(folder / MANIFEST, json.dumps({"sizes": sizes, "record": record}).encode())
+    manifest = {"files": files, "record": record}
+    write_whole(folder / MANIFEST, json.dumps(manifest | {"sha256": fingerprint(manifest)}).encode())
 
 
 def settle(path):
@@ -230,19 +232,38 @@ def settle(path):
         flush_to_disk(path)
 
 
-def read_record(folder):
-    """The record that `seal` was given; ValueError names the first file whose size is not that of then."""
+def read_record(folder, thorough=False):
+    """The record that `seal` was given; ValueError names the first file whose size, or where `thorough` whose
+    content, is not that of then."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        sizes = dict(manifest["sizes"])
-        record = manifest["record"]
-    except (OSError, ValueError, TypeError, KeyError):  # the last two: a trainer.json, but not ours
-        raise ValueError(f"{folder / MANIFEST} is missing or damaged") from None
-    for name, size in sizes.items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else "none"
+        is_ours = manifest.pop("sha256") == fingerprint(manifest)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        is_ours = False  # the last four: a trainer.json of someone else
+    if not is_ours:
+        raise ValueError(f"{folder / MANIFEST} is missing or damaged")
+    for name, (size, sha256) in manifest["files"].items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else "none"
         if found != size:
-            raise ValueError(f"{folder / name} has {found} of {size} bytes")
-    return record
+            raise ValueError(f"{path} has {found} of {size} bytes")
+        if thorough and digest(path) != sha256:
+            raise ValueError(f"{path} is not what was saved: its SHA-256 differs")
+    return manifest["record"]
+
+
+def fingerprint(obj):
+    """SHA-256 of an object as JSON."""
+    return hashlib.sha256(json.dumps(obj).encode()).hexdigest()
+
+
+def digest(path):
+    """SHA-256 of a file's bytes, of which it takes 1 to 2 GB/s; ValueError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def to_json(obj, indent=None):

@@ -241,7 +241,8 @@ def flags_of_run(parser, path):
         parser.parse_args(flags)
     except (OSError, ValueError, TypeError, KeyError) as error:  # the last two: JSON, but not ours
         raise ValueError(f"--resume: {path} is missing, damaged or of another version ({error}): start "
-                         "without --resume, or give the --output of another run") from None
+                         "without --resume in another --output, with the weights of this run by "
+                         f"--model {path.parent}/checkpoint-N") from None
     return flags
 
 

@@ -89,7 +89,7 @@ def _places(path):
             from pyarrow import parquet
             sources = parquet.ParquetFile(path).read().to_pylist()
         elif data[:99].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            sources = json.loads(data.decode("utf-8-sig"))
+            sources = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object)
         else:
             sources = data.split(b"\n")  # only there: JSON's texts may hold U+2028
     except Exception as error:  # gzip, zlib and pyarrow have their own
@@ -103,11 +103,23 @@ def _places(path):
 
 def _check(source):
     try:
-        row = json.loads(source.decode("utf-8-sig")) if isinstance(source, bytes) else source
+        if isinstance(source, bytes):
+            row = json.loads(source.decode("utf-8-sig"), object_pairs_hook=_object)
+        else:
+            row = source
         json.dumps(row, ensure_ascii=False, default=str).encode()  # fails at half a surrogate pair
         return row if isinstance(row, dict) else ValueError(f"no object: {row!r:.40}")
     except (ValueError, RecursionError) as error:
         return ValueError(f"not JSON in UTF-8: {error}")
+    except LookupError as error:
+        return ValueError(f"{error}")
+
+
+def _object(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):  # which of the two is meant nobody knows
+        raise LookupError(f"a key stands twice: in an object with {', '.join(row):.60}")
+    return row
 
 
 def _read_row(row, number, fields, needs_trace):

@@ -30,7 +30,7 @@ ROPE_TYPES = {"default": [], "linear": ["factor"], "dynamic": ["factor"], "yarn"
               "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
 ROPE_SETTINGS = {"rope_type", "rope_theta", "original_max_position_embeddings", "attention_factor",
                  "beta_fast", "beta_slow", *ROPE_TYPES["llama3"]}
-# Everything beside the weights that makes a folder usable elsewhere; copied byte for byte.
+# Everything beside the weights that makes a folder usable elsewhere; kept byte for byte.
 COMPANION_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json",
                    "merges.txt")
@@ -309,7 +309,8 @@ class Transformer(nn.Module):
         self.config = config
         self.source = source or {}  # the parsed config.json, saved with all fields that we do not know
         self.recompute = recompute  # a block's activations in the backward pass, instead of keeping them
-        self.folder = None  # where from_pretrained read it; never saved to
+        self.folder = None    # where from_pretrained read it; never saved to
+        self.companions = {}  # what lay beside it: {name of a tokenizer's file: bytes}
         self.ops = None  # a module with the four functions above, faster and without gradients: kernels/
         self.model = nn.ModuleDict({  # so named because checkpoints call their tensors "model.layers.0..."
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -385,22 +386,23 @@ class Transformer(nn.Module):
             model.lm_head.weight = model.model.embed_tokens.weight
         read_weights(path, model)
         model.folder = path.resolve()
+        # Now, not when they are wanted: the folder may be a checkpoint that a later save removes.
+        model.companions = {name: (path / name).read_bytes() for name in COMPANION_FILES
+                            if (path / name).is_file()}
         return model
 
-    def save_pretrained(self, path, companions=None):
-        """Write a folder that transformers and vLLM load: config, weights, and the tokenizer files of the
-        folder `companions` (default: the one the model came from). ValueError if `path` is one of these."""
+    def save_pretrained(self, path):
+        """Write a folder that transformers and vLLM load: config, weights, and the tokenizer's files as they
+        were where the model came from. ValueError if `path` is that folder."""
         path = Path(path)
-        sources = [Path(folder).resolve() for folder in (companions, self.folder) if folder]
-        if path.resolve() in sources:
+        if path.resolve() == self.folder:
             raise ValueError(f"{path}: the model was loaded from this folder; save it to another one")
         path.mkdir(parents=True, exist_ok=True)
         dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
         (path / "config.json").write_text(json.dumps(config_dict(self, dtype), indent=2) + "\n")
         write_weights(path, self)
-        for name in COMPANION_FILES:
-            if sources and (sources[0] / name).is_file():
-                shutil.copyfile(sources[0] / name, path / name)
+        for name, content in self.companions.items():
+            (path / name).write_bytes(content)
 
 
 # ---------------------------------------------------------------- Hugging Face folders

@@ -291,13 +291,14 @@ class Log:
 
     def closing(self, folder, state, is_example):
         """Print before, after, the cost, where the checkpoint is, how to compare; let go of the folder."""
-        config = self.config
         sampled = training_tokens(state.tokens)
         self.say("")
         if state.evals:
-            self.say(f"{'held out, no anchors':<24}{'before':>10}{'after':>10}")
+            last = state.evals[-1]
+            when = "after" if last["step"] == state.step else f"step {last['step']}"
+            self.say(f"{'held out, no anchors':<24}{'before':>10}{when:>10}")
             for name, key in (("greedy", "eval/greedy"), ("sampled", "eval/accuracy")):
-                self.say(f"  {name:<22}{state.evals[0][key]:>10.1%}{state.evals[-1][key]:>10.1%}")
+                self.say(f"  {name:<22}{state.evals[0][key]:>10.1%}{last[key]:>10.1%}")
         if sampled:
             share = state.tokens.get("probe", 0) / sampled
             self.say(f"{'tokens sampled':<24}{'':>10}{sampled:>10,}   ({share:.0%} in probes)")
@@ -306,8 +307,8 @@ class Log:
             saved = folder.path / f"checkpoint-{state.step}"
             self.say(f"checkpoint  {saved if saved.is_dir() else 'none'}  (a Hugging Face folder)")
             folder.close()
-        if config.method == "bread":
-            self.say(f"compare     {rival(config, sampled, is_example)}")
+        if self.config.method == "bread":
+            self.say(f"compare     {rival(self.config, sampled, is_example)}")
 
 
 def command_line(config, without):

@@ -47,7 +47,7 @@ def where_failed(rule):
         groups = bread.sample_groups(policy, [(problem, 0) for problem in problems], state.step, "base")
         failed = [problem for problem, group in zip(problems, groups) if bread.num_successes(group) == 0]
         policy.counts["searched"] += len(failed)
-        failed = [problem for problem in failed if problem.cuts and problem.cuts[0] < config.max_new_tokens]
+        failed = [problem for problem in failed if policy.cuts(problem)]
         accepted = {group[0].problem.id: group for group in follow(rule, policy, failed, state, [])
                     if config.anchor_low <= bread.num_successes(group) <= high}
         groups = [accepted.get(problem.id, group) for problem, group in zip(problems, groups)]
@@ -61,8 +61,7 @@ def follow(rule, policy, problems, state, bare):
     running = []
     points = []
     for problem in problems:
-        # A cut at or behind --max-new-tokens would leave no room for an answer.
-        cuts = bare + [cut for cut in problem.cuts if cut < config.max_new_tokens]
+        cuts = bare + policy.cuts(problem)
         rng = random.Random(bread.noise_id(config.seed, state.step, problem.id))
         running.append(rule(problem, cuts, rng, state, config))
         points.append((problem, next(running[-1])))

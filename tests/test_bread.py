@@ -150,14 +150,35 @@ def test_a_completion_cut_off_while_thinking_has_no_reward(make):
 def test_a_probe_keeps_its_groups_and_offers_no_cut_without_room(make):
     """An anchor counts toward --max-new-tokens: of the cuts 7, 14, 21, 28, 35 only those below are offered.
     The group of the shortest cut in range is returned, also where the search moved on."""
-    short, *_, problem = make()[1][:5]
+    policy, problems = make()
+    short = problems[0]
+    problem = problems[4]
     solved, mixed, failed = [[SimpleNamespace(reward=i < count) for i in range(G)] for count in (G, 2, 0)]
     for max_new_tokens, of, table, expected in (
             (21, problem, {7: failed, 14: failed}, (None, [7, 14])),
             (22, problem, {14: failed, 21: mixed}, (mixed, [14, 21])),
             (99, problem, {21: mixed, 7: failed, 14: solved}, (mixed, [21, 7, 14])),
             (7, problem, {}, (None, [])), (99, short, {}, (None, []))):
-        assert drive(bread.probe(Config(max_new_tokens=max_new_tokens, group_size=G), of), table) == expected
+        policy.config = dataclasses.replace(policy.config, max_new_tokens=max_new_tokens)
+        assert drive(bread.probe(policy.config, policy.cuts(of)), table) == expected
+
+
+@pytest.mark.parametrize("placement", ["prefill", "hint"])
+def test_no_anchor_is_paid_by_itself_whatever_the_reward(make, placement):
+    """A user's function that pays what a trace begins with: cuts behind that are none, unless only the prompt
+    holds it; a reward below 0 and None are no pay. Ours, of a claim that cuts.py does not see."""
+    policy, problems = make(anchor_placement=placement)
+    problem = problems[4]
+    texts = [policy.tokenizer.decode(problem.expert_ids[:cut]) for cut in problem.cuts]
+    others = [None, -1.0]
+    policy.reward = lambda text, *_: 1 if text.startswith(texts[2]) else others[len(text) % 2]
+    assert policy.cuts(problem) == problem.cuts[:2 if placement == "prefill" else None]
+    policy, _ = make()
+    parts = ["Think.", "\n\nThe answer is 7, 5.0", "\n\nDone."]
+    ids = [policy.tokenizer.encode(part) for part in parts]
+    cuts = list(itertools.accumulate(map(len, ids)))
+    problem = dataclasses.replace(problem, answer="7, 5", expert_ids=sum(ids, []), cuts=cuts)
+    assert policy.cuts(problem) == cuts[:1]
 
 
 def test_all_searches_run_in_lockstep_and_each_trace_is_prefilled_once(make):

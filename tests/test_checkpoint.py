@@ -179,12 +179,12 @@ def test_killed_at_any_line_what_is_replaced_is_the_old_one_or_the_new_one(tmp_p
     """run.json, then the only checkpoint there is. Killed after 0 lines of checkpoint.py, 1, 2, ... until it
     gets through, the child leaves a folder that resumes, with each of the two wholly old or wholly new."""
     def replace():
-        folder.write_json("run.json", "new")
+        folder.write_json("run.json", {"age": "new"})
         save(folder, 1, record="new", keep=1)
 
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # only a power loss would make a difference
     folder = RunFolder(tmp_path / "template")
-    folder.write_json("run.json", "old")
+    folder.write_json("run.json", {"age": "old"})
     save(folder, 1, record="old")
     folder.close()
     seen = []
@@ -196,7 +196,7 @@ def test_killed_at_any_line_what_is_replaced_is_the_old_one_or_the_new_one(tmp_p
         folder.close()
         folder = RunFolder(path, resume=True)
         assert folder.latest() == (path / "checkpoint-1", []) and not list(path.glob("checkpoint-*.tmp"))
-        seen.append((folder.read_json("run.json"), load(path / "checkpoint-1", bool)[1]))
+        seen.append((folder.read_json("run.json")["age"], load(path / "checkpoint-1", bool)[1]))
         folder.close()
     in_turn = [pair for pair, _ in itertools.groupby(seen)]
     assert code == 0 and in_turn == [("old", "old"), ("new", "old"), ("new", "new")]
@@ -246,7 +246,7 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_no_part_of_the_new_one(fold
 @pytest.mark.parametrize("name, content", [
     ("trainer-0-0.tensors", b"cut"), ("model.safetensors", None), ("merges.txt", None),
     ("config.json", b"{ }"), *(("trainer.json", content) for content in (
-        None, b'{"sizes": {"config.j', b"\xff\x00", b'{"epoch": 3}', b'{"sizes": 3, "record": 3}', b"3"))])
+        None, b'{"files": {"config.j', b"\xff\x00", b'{"epoch": 3}', b'{"files": 3, "sha256": 3}', b"[3]"))])
 def test_a_damaged_newest_checkpoint_is_skipped_and_named(folder, name, content):
     """Truncated, half-copied, changed in size, foreign: resume takes the one before and names the file."""
     save(folder, 1)
@@ -256,9 +256,21 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_named(folder, name, content)
         (damaged / name).write_bytes(content)
     newest, (note,) = folder.latest()
     assert newest.name == "checkpoint-1"
-    assert note.startswith("checkpoint-2 is incomplete and was skipped: ") and str(damaged / name) in note
+    assert note.startswith("checkpoint-2 is damaged and was skipped: ") and str(damaged / name) in note
     with pytest.raises(ValueError, match=name):
         load(damaged, bool)
+
+
+@pytest.mark.parametrize("name", ["trainer-0-0.tensors", "model.safetensors", "trainer.json"])
+def test_a_flipped_bit_is_damage(folder, name):
+    """Every file has the size of when it was saved, and still it is not what was saved."""
+    save(folder, 1)
+    path = save(folder, 2) / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    newest, (note,) = folder.latest()
+    assert newest.name == "checkpoint-1" and "checkpoint-2 is damaged and was skipped: " in note
+    assert name in note
 
 
 def test_only_the_newest_checkpoints_stay(folder, monkeypatch):
@@ -305,7 +317,7 @@ def test_a_refusal_says_what_to_type_and_leaves_the_folder_as_it_is(folder):
     (folder.path / "run.json").unlink()
     assert "already holds a run" in refusal(folder.path)
     (path / "config.json").unlink()
-    assert "checkpoint-500 is incomplete and was skipped: " in refusal(folder.path, resume=True)
+    assert "checkpoint-500 is damaged and was skipped: " in refusal(folder.path, resume=True)
     (path / "trainer.json").unlink()  # as in the checkpoint-500 of many another trainer
     assert "checkpoint-500 is not of a run of ours" in refusal(folder.path, overwrite=True)
     assert names(folder.path) == ["checkpoint-500"] and len(names(path)) == 3

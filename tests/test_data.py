@@ -144,6 +144,7 @@ def test_the_first_verified_complete_generation_is_the_trace(write, right, right
     ("deepseek_grade is not Yes", {**QUESTION, "deepseek_thinking_trajectory": "t", "deepseek_grade": "No"}),
     ("an id that an earlier row has", {**GOOD, "id": "first"}),
     *[("not JSON in UTF-8", line) for line in (b'"\\ud800"', b"[" * 99999, b"9" * 5000, b'"\xff"', b"{")],
+    ("a key stands twice: in an object with answer", b'{"a": [{"answer": 1, "answer": 2}]}'),
     ("no object", b"7"), ("the question is empty", {**GOOD, "question": " "}),
     *[("no question", {**GOOD, "question": value}) for value in ("", [])],
     ("a field of an unknown kind", {"messages": "a text", "answer": "1"}),

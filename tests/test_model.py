@@ -254,19 +254,18 @@ def test_a_saved_model_is_the_same_model(tmp_path, case, form):
 
 def test_what_we_do_not_know_is_saved_too(tmp_path):
     """Fields of config.json that model.py never reads; tokenizer files, valid JSON or not, of the folder that
-    a model came from or, if that is a checkpoint, of `companions`. dtype is stated under both its names."""
+    a model came from, which may be gone by then. dtype is stated under both its names."""
     files = {"tokenizer.json": b'"\xc3\xa9"\r\n', "merges.txt": b"a b\n", "generation_config.json": b"{"}
     fields = {"pretraining_tp": 7, "eos_token_id": [3, 5]}
-    bare = Transformer.from_pretrained(make_folder(tmp_path / "bare", "qwen2", **fields))
-    model = load(tmp_path, "qwen2")
+    source = make_folder(tmp_path / "source", "qwen2", **fields)
     for name, content in {**files, "modeling_custom.py": b"raise SystemExit"}.items():
-        (tmp_path / "source" / name).write_bytes(content)
+        (source / name).write_bytes(content)
+    model = Transformer.from_pretrained(source)
+    shutil.rmtree(source)
     model.save_pretrained(tmp_path / "saved")
-    bare.save_pretrained(tmp_path / "named", companions=tmp_path / "source")
-    for saved in (tmp_path / "saved", tmp_path / "named"):
-        copied = {file.name: file.read_bytes() for file in saved.iterdir()}
-        config = json.loads(copied.pop("config.json"))
-        assert edited(copied, {WEIGHTS: GONE}) == files
+    copied = {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()}
+    config = json.loads(copied.pop("config.json"))
+    assert edited(copied, {WEIGHTS: GONE}) == files
     fields |= {"sliding_window": 8, "dtype": "float32", "torch_dtype": "float32", "hidden_act": "silu"}
     assert config == config | fields | {"architectures": ["Qwen2ForCausalLM"]}
     assert "attention_bias" not in config  # qwen2 has biases although no field says so
@@ -293,14 +292,13 @@ def test_large_models_are_saved_in_shards_that_replace_each_other(tmp_path):
 
 
 def test_a_model_is_never_saved_over_its_source(tmp_path):
-    """Nor over that of its companions, under any spelling; nothing there is touched."""
-    model, other = load(tmp_path), Transformer.from_pretrained(make_folder(tmp_path / "other"))
+    """Under any spelling; nothing there is touched."""
+    model = load(tmp_path)
     (tmp_path / "alias").symlink_to(tmp_path / "source")
     before = {file: file.read_bytes() for file in (tmp_path / "source").iterdir()}
     for path in ("source", "x/../source", "alias"):
-        for saved, companions in ((model, None), (other, tmp_path / "source")):
-            with pytest.raises(ValueError, match="loaded from this folder"):
-                saved.save_pretrained(str(tmp_path / path), companions)
+        with pytest.raises(ValueError, match="loaded from this folder"):
+            model.save_pretrained(str(tmp_path / path))
     assert {file: file.read_bytes() for file in (tmp_path / "source").iterdir()} == before
 
 

@@ -156,10 +156,10 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_is_judged_in_bounded_time(name):
     """No text raises, hangs or earns a reward; the worst takes 0.1 s, 2 s leave room on a busy machine."""
-    start = time.perf_counter()
+    start = time.process_time()
     assert math_reward(HOSTILE[name], "5") == 0.0
     assert not answers_match(HOSTILE[name], "5")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     parse_gold(HOSTILE[name])
 
 

@@ -27,6 +27,7 @@ import bread
 import evaluation
 import report
 from bread import State
+from checkpoint import fingerprint
 from config import Config, parse_args
 from conftest import CHAIN, ROOT, read_lines
 from model import Transformer
@@ -307,14 +308,46 @@ def test_resume_and_output_refuse_another_run_and_touch_nothing(flags, data, tmp
 
 
 def test_resume_sees_a_changed_template(flags, tmp_path, capsys):
-    """Which would give other prompts: one line says what has changed."""
+    """Which would give other prompts, or other weights to stay near to: one line says what has changed."""
     shutil.copytree(CHAIN / "model", tmp_path / "model")
     common = f"--model {tmp_path / 'model'} --method sft --eval-data ''"
     assert bread.main(flags(tmp_path / "run", f"{common} --steps 1")) == 0
     (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[-1].content }} ")
     capsys.readouterr()
     assert bread.main(flags(tmp_path / "run", f"{common} --resume")) == 2
-    assert f"a tokenizer or template in {tmp_path / 'model'} has changed" in one_line(capsys)
+    changed = f"tokenizer, template or reference {tmp_path / 'model'} has changed"
+    assert changed in one_line(capsys)
+    common = f"--model {tmp_path / 'model'} --method grpo --kl 0.1 --group-size {G} --eval-data '' --steps 1"
+    assert bread.main(flags(tmp_path / "kl", common)) == 0
+    shutil.copy(tmp_path / "run" / "checkpoint-1" / "model.safetensors", tmp_path / "model")
+    capsys.readouterr()
+    assert bread.main(flags(tmp_path / "kl", f"{common} --resume")) == 2 and changed in one_line(capsys)
+
+
+def test_resume_from_what_cannot_be_resumed_names_the_way_out(flags, tmp_path, capsys):
+    """A run.json that is gone or none; a state with a field of another version. The history may be anything.
+    Flipped bits in the newest weights cost the steps since the checkpoint before, with a line."""
+    folder = tmp_path / "run"
+    common = "--method sft --eval-data '' --save-every 1"
+    assert bread.main(flags(folder, f"{common} --steps 2")) == 0
+    options = json.loads((folder / "run.json").read_text())
+    weights = folder / "checkpoint-2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9] + b"123456789")
+    (folder / "run.json").write_text(json.dumps(options | {"history": 5}))
+    capsys.readouterr()
+    assert bread.main(flags(folder, f"{common} --resume --steps 3")) == 0
+    told = capsys.readouterr().out
+    assert "checkpoint-2 is damaged and was skipped" in told and "continues from checkpoint-1 at step 1" in told
+    way_out = f"--model {folder}/checkpoint-"
+    for content in (None, "[5]"):
+        (folder / "run.json").unlink() if content is None else (folder / "run.json").write_text(content)
+        assert bread.main(flags(folder, f"{common} --resume")) == 2 and way_out in one_line(capsys)
+    (folder / "run.json").write_text(json.dumps(options))
+    manifest = json.loads((folder / "checkpoint-3" / "trainer.json").read_text())
+    manifest["record"]["mood"] = manifest.pop("sha256")
+    manifest["sha256"] = fingerprint(manifest)
+    (folder / "checkpoint-3" / "trainer.json").write_text(json.dumps(manifest))
+    assert bread.main(flags(folder, f"{common} --resume")) == 2 and way_out in one_line(capsys)
 
 
 # ---------------------------------------------------------------- the command line
@@ -436,6 +469,10 @@ def test_only_methods_that_use_traces_need_them(flags, tmp_path, data, capsys):
     more = f"--data {bare} --eval-data {bare} --steps 1 --group-size {G}"
     assert bread.main(flags(tmp_path / "grpo", f"{more} --method grpo")) == 0
     assert "warning: 12 of 12 held-out questions are trained on, too" in capsys.readouterr().out
+    silent = tmp_path / "silent.jsonl"
+    silent.write_text("".join(json.dumps(row | {"trace": "Step 1.\n\nDone."}) + "\n" for row in rows))
+    assert bread.main(flags(tmp_path / "silent", f"--data {silent} --eval-data '' --steps 1 --max-new-tokens 8")) == 0
+    assert "warning: 12 of 12 traces state no answer that the reward can read" in capsys.readouterr().out
     assert read_lines(tmp_path / "grpo" / "metrics.jsonl")[-1]["anchor/shown"] == 0
     capsys.readouterr()
     assert bread.main(flags(tmp_path / "bread", more)) == 2
@@ -551,8 +588,9 @@ def test_a_step_is_one_line(method, changes, expected):
 
 
 def test_samples_and_the_closing_table(capsys):
-    """A sample keeps anchor and completion apart. The table compares before with after and gives the whole
-    command for GRPO at the same number of sampled tokens. Only rank 0 speaks."""
+    """A sample keeps anchor and completion apart. The table compares before with after, or, where a run was
+    interrupted, with the last evaluation, and gives the whole command for GRPO at the same number of sampled
+    tokens. Only rank 0 speaks."""
     config = Config(model="m", data="d", output="o", lr=3e-4, system="a b")
     log = report.Log(config, speaks=False)
     log.decode = lambda ids: " ".join(map(str, ids))
@@ -560,10 +598,12 @@ def test_samples_and_the_closing_table(capsys):
     assert (row["anchor"], row["completion"], row["advantage"], row["step"]) == ("0 1", "20 21 22", 1.5, 3)
     assert log.sample(3, rollout(cut=10, finish_reason="expert"))["anchor"] == ""
     state = State(step=9, tokens={"base": 600, "probe": 200, "eval": 999}, evals=[
-        {"eval/greedy": 0.1, "eval/accuracy": 0.05}, {"eval/greedy": 0.5, "eval/accuracy": 0.4}])
-    for speaks, is_example in ((False, False), (True, False), (True, True)):
+        {"eval/greedy": 0.1, "eval/accuracy": 0.05}, {"step": 9, "eval/greedy": 0.5, "eval/accuracy": 0.4}])
+    for speaks, is_example, step in ((False, False, 9), (True, False, 9), (True, True, 11)):
+        state.step = step
         report.Log(config, speaks).closing(None, state, is_example)
     plain, example = capsys.readouterr().out.split("held out, no anchors")[1:]
+    assert re.search(r" before +after\n", plain) and re.search(r" before +step 9\n", example)
     assert re.search(r"greedy +10.0% +50.0%\n +sampled +5.0% +40.0%\ntokens sampled +800 +\(25%", plain)
     assert ("python bread.py --model m --data d --lr 0.0003 --system 'a b' --method grpo --steps 100000 "
             "--token-budget 800 --output o-grpo") in plain

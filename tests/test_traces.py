@@ -349,8 +349,8 @@ def test_a_claim_is_recognised_in_any_spelling(answer, given):
 
 
 def test_what_the_reward_pays_is_a_statement(tokenizer):
-    """3,000 texts that end a sentence in the answer; and of spellings that are paid but not recognised no
-    anchor is left, since the reward is asked as well."""
+    """3,000 texts that end a sentence in the answer. (Of what is paid and not seen no anchor is left either:
+    test_no_anchor_is_paid_by_itself_whatever_the_reward.)"""
     rng = random.Random(0)
     golds = ["5", "B", r"\frac{1}{2}", "1,000", r"\sqrt{2}", "(1,2)", "x^2+1", "-3", "Evelyn", r"5\text{ m}",
              "7:30", r"\{1,2\}", "10%"]
@@ -367,13 +367,12 @@ def test_what_the_reward_pays_is_a_statement(tokenizer):
             num_paid += 1
             assert first_statement(text + "\n\nlast", gold, answers_match) < len(text), (gold, text)
     assert num_paid > 1000
-    trace = "Think.\n\nThe answer is 7, 5.0\n\nDone.\n\nYes."
-    row = Row(1, "a", [{"role": "user", "content": ASKED}], trace, "7, 5", "")
-    first, _, _ = cuts_of(trace, "7, 5")
-    shape = SimpleNamespace(max_position_embeddings=999, vocab_size=400)
-    problem = bread.to_problem(Config(max_new_tokens=9), tokenizer, shape, True, row)
-    assert tokenizer.decode(problem.expert_ids[:problem.cuts[-1]]) == trace[:first] and len(problem.cuts) == 1
-    shape.vocab_size = 300
+
+
+def test_a_token_beyond_the_embedding_is_named(tokenizer):
+    """Not an index error in the first step."""
+    row = Row(1, "a", [{"role": "user", "content": ASKED}], "Think.", "7", "")
+    shape = SimpleNamespace(max_position_embeddings=999, vocab_size=300)
     with pytest.raises(ValueError, match=r"a token beyond the 300 rows of .*: '<\|im_\w+\|>' is"):
         bread.to_problem(Config(max_new_tokens=9), tokenizer, shape, True, row)
 
