@@ -30,8 +30,10 @@ CLAIM = (r"(?:=|\bis|\bbe|\bequals|\bgives|\bgets?|->|(?:it|that|what|here)['’
          r"[\s$*\\({\[:]{0,12}")
 # A word may be a unit, unless a sum or product goes on: "is 5 x 3", "= 30 gallons + 10 gallons".
 ENDS = r"(?:[.,;:](?!\d)|\*\*|\\\)|\\\]|$|(?=\s(?!x\s?\d)[A-Za-z]+\b(?!\s?[-+*/]\s?\d)))"
+# Completions that state nothing: whatever an anchor with one of them is paid for, the anchor has stated.
+EMPTY = ("", ".", "**\n\nDone.", "\n</think>\n\nSo that is it.")
 COLUMNS = ("traces", "notation", "form", "problems", "cuts each", "without a cut",
-           "last anchor claims the answer", "an anchor is paid", "reach of the last cut, median",
+           "last anchor claims the answer", "an anchor is paid, also with an empty completion", "reach of the last cut, median",
            "of those whose trace allows 60%")
 
 
@@ -87,7 +89,7 @@ def measure(cases):
         if first_statement(trace, gold, answers_match) >= 0.6 * size:
             allowed.append(reaches[-1])
         num_claims += claims(trace[:cuts[-1]] if cuts else "", gold)
-        num_paid += any(math_reward(trace[:cut], gold) for cut in cuts)
+        num_paid += any(math_reward(trace[:cut] + said, gold) for cut in cuts for said in EMPTY)
     share = f"{statistics.median(allowed):.0%} ({len(allowed)})"
     return [len(cases), f"{statistics.mean(counts):.1f}", f"{counts.count(0) / len(cases):.1%}", num_claims,
             num_paid, f"{statistics.median(reaches):.0%}", share]
