@@ -27,6 +27,7 @@ Dimension key: G rollouts of a group   N sampled tokens of a micro-batch, end to
 import collections
 import ctypes
 import dataclasses
+import errno
 import functools
 import hashlib
 import itertools
@@ -35,6 +36,7 @@ import math
 import numbers
 import os
 import random
+import re
 import sys
 import time
 import traceback
@@ -213,7 +215,7 @@ class Policy:
             if not (reward is None or isinstance(reward, numbers.Real) and math.isfinite(reward)):
                 raise TypeError(f"it returned {reward!r}, a finite number or None is needed")
             return None if reward is None else float(reward)  # True is 1
-        except Exception as error:  # whatever the user's function raises
+        except (Exception, SystemExit) as error:  # whatever a user's function raises
             path = Path(self.config.output) / "reward_failed.json"
             write_whole(path, to_json({"id": problem.id, "answer": problem.answer, "completion": text}, 2))
             at = traceback.extract_tb(error.__traceback__)[-1]
@@ -262,7 +264,7 @@ def train(config):
             lr = learning_rate(config, state)
             batch = ranks.share(next_problems(problems, config, state.step))
             with report.clock(state.seconds, "sample"):
-                groups = method(policy, batch, state)                                   # 1, 2, 3
+                groups = checked(method(policy, batch, state), batch, state)            # 1, 2, 3
             set_advantages(groups, divide_by_std=not config.no_std)                     # 4
             with report.clock(state.seconds, "update"):
                 sums, norms = update(policy, optimizer, ranks, groups, lr, loss_of)     # 5
@@ -282,6 +284,21 @@ def train(config):
         raise FloatingPointError(f"{optimizer.skipped_in_a_row} updates in a row had a loss or gradient that "
                                  "is not finite; the run is saved as it was before them: lower --lr")
     return 128 + ranks.signal if ranks.signal else 0
+
+
+def checked(groups, problems, state):
+    """What a method returned, a user's too, or a TypeError: a list with a group of rollouts per problem."""
+    rollouts = [rollout for group in groups for rollout in group] if isinstance(groups, list) else []
+    is_right = all(isinstance(rollout, Rollout) for rollout in rollouts) and all(map(len, groups))
+    if not is_right or len(groups) != len(problems):
+        raise TypeError(f"--method: {len(problems)} groups, lists of Rollout, are needed, not {groups!r:.60}")
+    for problem in problems:
+        try:
+            json.dumps(state.memory.get(problem.id))
+        except (TypeError, ValueError) as error:
+            held = state.memory.pop(problem.id)  # or no checkpoint could be written any more
+            raise TypeError(f"--method: state.memory holds {held!r:.60}: {error}") from error
+    return groups
 
 
 def bread(policy, problems, state):
@@ -328,8 +345,11 @@ def sample_groups(policy, points, step, purpose, trunk=None, group_size=None, te
     groups = []
     places = policy.places or Places(policy.model, config.sample_batch_size)
     half = max(1, places.places_6R.shape[1] // 2)
-    with out_of_memory(f"--sample-batch-size {half}", " while sampling"):
-        sampled = branch(policy.model, cache, forks, params, places, report.progress(purpose))
+    try:
+        with out_of_memory(f"--sample-batch-size {half}", " while sampling"):
+            sampled = branch(policy.model, cache, forks, params, places, report.progress(purpose))
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error} ({purpose}, step {step + 1})") from error
     for (problem, cut), context, completions in zip(points, contexts, sampled):
         judged = [policy.judge(problem, cut, context, completion) for completion in completions]
         group = [rollout for rollout in judged if rollout.reward is not None]
@@ -377,8 +397,8 @@ def anchor_search(num_cuts, group_size, low=1, high=0):
 
 
 def probe(config, cuts):
-    """`anchor_search` over cuts in tokens (a generator): yields one, is sent the group that was sampled there,
-    returns the accepted group or None."""
+    """`anchor_search` over cuts in tokens (a generator): yields one, is sent the group that was sampled
+    there, returns the accepted group or None."""
     search = anchor_search(len(cuts), config.group_size, config.anchor_low, config.anchor_high)
     groups = {}
     successes = None  # what a generator is sent first
@@ -811,13 +831,16 @@ def begin(config, ranks, folder, optimizer, saved, say):
             raise ValueError(f"--resume: the run has done {state.step} steps, --steps is {config.steps}")
         say(f"continues from {saved.name} at step {state.step}")
     if folder:
-        folder.need(checkpoint_bytes(optimizer))
+        try:
+            folder.need(checkpoint_bytes(optimizer))
+        except OSError as error:
+            raise ValueError(f"{error}: make room, or give another --output") from error
         for name in ("metrics.jsonl", "samples.jsonl", "probes.jsonl"):
             folder.truncate(name, state.step)
         history.append({"time": time.strftime("%Y-%m-%d %H:%M:%S"), "step": state.step, "steps": config.steps,
                         "device": str(ranks.device), "processes": ranks.size})
         folder.write_json("run.json", options | {"history": history})
-    ranks.listen()
+    ranks.listen(state.step)
     return state
 
 
@@ -854,16 +877,18 @@ def rescue(policy, optimizer, ranks, folder, state, trace, is_sound):
     if trace and folder:
         write_whole(folder.path / "crash.txt", trace.encode())
         told = f"the traceback is in {folder.path / 'crash.txt'}, "
-    last = f"{policy.config.output}: --resume goes on from its last checkpoint"
+    saved, _ = folder.latest() if folder else (None, [])
+    last = f"{policy.config.output}: " + (f"--resume goes on from {saved.name}" if saved else
+                                          "it holds no checkpoint, --overwrite begins anew")
     # Other processes, which have no trouble, wait for this one, which can only end.
     is_sound = is_sound and optimizer.is_whole and ranks.size == 1
     if not is_sound or not state.step or (folder.path / f"checkpoint-{state.step}").is_dir():
         return f"{told}nothing more was saved in {last}"
     try:
         save(policy, optimizer, ranks, folder, state)
-    except (OSError, FloatingPointError) as error:
+    except Exception as error:
         return f"{told}nothing more could be saved ({error}) in {last}"
-    return f"{told}saved after step {state.step} in {last}"
+    return f"{told}saved after step {state.step} in {policy.config.output}: --resume goes on from there"
 
 
 def lengths_of(problems, held_out):
@@ -944,6 +969,11 @@ def main(argv=None):
     """Exit code: 0; 2 after bad input; 1 if files cannot be written or gradients are not finite; 130 or 143
     after an interrupt. The last two save the run's state."""
     sys.modules.setdefault("bread", sys.modules[__name__])  # a user's `import bread` gets no second copy
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file that is opened would be taken for stderr
+            os.open(os.devnull, os.O_RDWR)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a closed one is None
             stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode ends no run
@@ -955,11 +985,20 @@ def main(argv=None):
                 return plan_only(config)
             return evaluate_only(config) if config.eval else train(config)
     except ValueError as error:
-        print(f"bread.py: {error}", file=sys.stderr)
+        complain(error)
         return 2
+    except KeyboardInterrupt:  # while training, Ranks.listen hears it
+        complain("interrupted")
+        return 130
     except (OSError, FloatingPointError, MemoryError, RewardError, Ended) as error:  # what was saved is whole
-        print(f"bread.py: {error}", file=sys.stderr)
-        return 1
+        complain(error)
+        return 2 if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG else 1
+
+
+def complain(error):
+    """One line on stderr, with no more than the beginning of a name of 200 letters."""
+    line = " ".join(f"{error}".splitlines())
+    print(re.sub(r"\S{200,}", lambda word: f"{word[0][:60]}[...]", f"bread.py: {line}"), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -21,7 +22,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-LOGS = ("run.json", "crash.txt", "metrics.jsonl", "samples.jsonl", "probes.jsonl", "eval.json", "eval.jsonl")
+LOGS = ("run.json", "crash.txt", "reward_failed.json", "metrics.jsonl", "samples.jsonl", "probes.jsonl",
+        "eval.json", "eval.jsonl")
 MANIFEST = "trainer.json"  # {"files": {file: [bytes, SHA-256]}, "record": what `save` was given, "sha256"}
 PART_BYTES = 2 << 30       # of one file of tensors: 2 GiB
 
@@ -46,8 +48,8 @@ class RunFolder:
     def read_json(self, name):
         """The object in the JSON file `name`; ValueError when it is missing or damaged."""
         try:
-            return dict(json.loads((self.path / name).read_bytes()))
-        except (OSError, ValueError, TypeError):
+            return {**json.loads((self.path / name).read_bytes())}
+        except (OSError, ValueError, TypeError, RecursionError):
             raise ValueError(f"{self.path / name} is missing or damaged") from None
 
     def append(self, name, row):
@@ -65,8 +67,8 @@ class RunFolder:
             try:
                 if json.loads(line).get("step", last_step) <= last_step:
                     kept.append(line + b"\n")
-            except (ValueError, AttributeError):
-                pass  # cut short, the nothing behind the last line feed, or no object
+            except (ValueError, TypeError, AttributeError, RecursionError):
+                pass  # cut short, the nothing behind the last line feed, or no row of ours
         write_whole(path, b"".join(kept))
 
     def save(self, step, write, record, num_bytes, keep=2, best=None):
@@ -121,6 +123,12 @@ class RunFolder:
 
     def _admit(self, resume, overwrite):
         """Refuse to mix two runs; otherwise leave the folder ready for this one."""
+        for path in self.path.iterdir():  # before anything is removed
+            is_log = path.name.removesuffix(".tmp") in LOGS
+            is_checkpoint = re.fullmatch(r"checkpoint-[0-9]+(\.tmp)?", path.name)
+            is_folder = path.is_dir() and not path.is_symlink()
+            if is_log and not path.is_file() or is_checkpoint and not is_folder:
+                raise ValueError(f"{path} is in the way of a run's files: move or remove it")
         holds_run = (self.path / "run.json").exists() or any(self.path.glob("checkpoint-*"))
         if holds_run and resume + overwrite != 1:  # neither, or both
             raise ValueError(f"{self.path} already holds a run: give either --resume to continue it, "
@@ -191,9 +199,11 @@ def lock(path):
     import fcntl  # POSIX only; imported here so that Windows can import this file
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if (path / ".lock").exists() and not (path / ".lock").is_file():  # a pipe would be waited for
+            raise OSError(".lock is no regular file")
         tempfile.TemporaryFile(dir=path).close()  # a read-only folder is an error now, not at the first save
         file = open(path / ".lock", "ab")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for a name with a zero byte
         raise ValueError(f"{path} is no folder that can be written, give another --output: {error}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -236,6 +246,8 @@ def read_record(folder, thorough=False):
     """The record that `seal` was given; ValueError names the first file whose size, or where `thorough` whose
     content, is not that of then."""
     try:
+        if not (folder / MANIFEST).is_file():  # a pipe would be waited for
+            raise ValueError
         manifest = json.loads((folder / MANIFEST).read_bytes())
         is_ours = manifest.pop("sha256") == fingerprint(manifest)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):

@@ -112,7 +112,7 @@ class Config:
             check(flag_of(field), getattr(self, field.name), **field.metadata)
         try:
             dict(**json.loads(self.template_args or "{}"))  # TypeError unless it is an object
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise ValueError(f"--template-args is {self.template_args!r}, it must be a JSON object, as in "
                              """'{"enable_thinking": false}'""") from None
         if self.write_hard and not self.eval:
@@ -154,6 +154,11 @@ class Parser(argparse.ArgumentParser):
             args, unknown = self.parse_known_args(argv)
         except RecursionError:
             raise ValueError("an @FILE of flags includes itself") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"an @FILE of flags is no UTF-8 text: {error}") from None
+        for name, value in vars(args).items():
+            if isinstance(value, list):  # what argparse makes of --steps=--
+                raise ValueError(f"--{name.replace('_', '-')} has no value; --help lists every flag")
         if unknown:
             raise ValueError(f"{no_flag(unknown[0])} --help lists every flag")
         return args
@@ -180,7 +185,7 @@ def make_parser():
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=27),
         description="BREAD: GRPO that branches from expert traces. Without --model it trains the embedded "
                     "example; @FILE reads flags from a file. Defaults stand in brackets.")
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    parser.convert_arg_line_to_args = split_line
     for field in dataclasses.fields(Config):
         if field.metadata["heading"]:
             group = parser.add_argument_group(field.metadata["heading"])
@@ -196,6 +201,14 @@ def make_parser():
         group.add_argument(flag_of(field), default=field.default, help=field.metadata["help"] + shown, **kind)
     group.add_argument("-h", "--help", action="help", help="print this text and stop")
     return parser
+
+
+def split_line(line):
+    """The words of a line of an @FILE, as a shell reads them."""
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError as error:
+        raise ValueError(f"an @FILE of flags has the line {line!r:.60}: {error}") from None
 
 
 def parse_args(argv, example):
@@ -231,15 +244,21 @@ def flags_of_run(parser, path):
     """The options in a run.json as a list of flags; ValueError if `parser` does not know them."""
     flags = []
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("no regular file")
         options = json.loads(path.read_bytes())
-        for name, value in {"model": options["model"], **options}.items():  # that at least it has
-            # Hashes and history are no options; what replaced an older run must not replace this one.
-            if name.endswith("_sha256") or name in ("history", "overwrite") or value is False:
-                continue
-            flag = "--" + name.replace("_", "-")
-            flags.append(flag if value is True else f"{flag}={value}")
+        for field in dataclasses.fields(Config):
+            value = options.pop(field.name)
+            if type(value) not in (field.type, int) or type(value) is int and field.type not in (int, float):
+                raise ValueError(f"{field.name} is {value!r:.40}")
+            # What replaced an older run must not replace this one.
+            if value is not False and field.name != "overwrite":
+                flags.append(flag_of(field) if value is True else f"{flag_of(field)}={value}")
+        unknown = [name for name in options if not name.endswith("_sha256") and name != "history"]
+        if unknown:
+            raise ValueError(no_flag(unknown[0]))
         parser.parse_args(flags)
-    except (OSError, ValueError, TypeError, KeyError) as error:  # the last two: JSON, but not ours
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # or not ours
         raise ValueError(f"--resume: {path} is missing, damaged or of another version ({error}): start "
                          "without --resume in another --output, with the weights of this run by "
                          f"--model {path.parent}/checkpoint-N") from None
@@ -288,7 +307,7 @@ def load_function(flag, spec, known, modules=None):
         module = importlib.util.module_from_spec(found)
         try:
             found.loader.exec_module(module)
-        except Exception as error:  # whatever the user's program raises
+        except (Exception, SystemExit) as error:  # whatever the user's program raises
             raise ValueError(f"{flag} {spec}: {path} cannot be run: {error!r}") from error
         modules[path] = module
     if not callable(getattr(modules[path], name, None)):

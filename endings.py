@@ -28,11 +28,11 @@ def training(save_run):
     try:
         yield
         return
-    except Exception as error:  # not the second Ctrl-C
+    except BaseException as error:  # sys.exit() in a user's function, too
         failure = error
     # These say themselves what happened; of anything else the place is needed.
     is_bug = not isinstance(failure, (OSError, FloatingPointError, MemoryError, RewardError))
-    if isinstance(failure, torch.OutOfMemoryError):
+    if lacks_memory(failure):
         is_bug = False
         failure = MemoryError(out_of_memory_line(failure, ANY_MEMORY_FLAG))
     trace = "".join(traceback.format_exception(failure)) if is_bug else ""
@@ -40,7 +40,8 @@ def training(save_run):
     reason = f"{failure!r}" if is_bug else f"{failure}"
     # Where numbers are not finite, what the last step left is broken already.
     is_sound = not isinstance(failure, FloatingPointError)
-    raise Ended(f"{reason}; {save_run(trace, is_sound)}") from failure
+    saved = save_run(trace, is_sound).replace(f" ({reason})", "")  # of a save that failed again
+    raise Ended(f"{reason}; {saved}") from failure
 
 
 @contextlib.contextmanager
@@ -48,8 +49,16 @@ def out_of_memory(flags, where=""):
     """Turns the error of a device without memory into a MemoryError that says what to type."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
         raise MemoryError(out_of_memory_line(error, flags, where)) from error.with_traceback(None)
+
+
+def lacks_memory(error):
+    """Whether it says that a device has no memory left; torch has no class for a host's."""
+    is_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in f"{error}"
+    return is_host or isinstance(error, torch.OutOfMemoryError)
 
 
 def out_of_memory_line(error, flags, where=""):

@@ -9,6 +9,7 @@ Dimension key, used as a suffix of tensor names:
 """
 import json
 import math
+import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field
@@ -35,10 +36,12 @@ COMPANION_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config
                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json",
                    "merges.txt")
 # Kinds of the fields of config.json.
-FIELDS = {"a positive integer": (*SIZES, "head_dim", "num_key_value_heads", "max_window_layers"),
+FIELDS = {"a positive integer": (*SIZES, "head_dim", "num_key_value_heads", "max_window_layers",
+                                 "original_max_position_embeddings"),
           "a positive number": ("rms_norm_eps", "rope_theta", "partial_rotary_factor"),
           "true or false": ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
-          "text": ("model_type", "hidden_act"), "an object": ("rope_scaling", "rope_parameters")}
+          "text": ("model_type", "hidden_act"), "an object": ("rope_scaling", "rope_parameters"),
+          "a list": ("layer_types",)}
 CHUNK_BYTES = 2**26  # of logits in the log-prob head: 110 rows of 151,936 tokens, in float32
 
 
@@ -84,22 +87,24 @@ class ModelConfig:
 
 def check_fields(raw):
     """Raise ValueError that names every field of config.json that is of another kind than it should be."""
-    def is_positive(value):
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    def is_positive(value):  # and no number with which anything could be computed is further from 1
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-30 < value < 2**31
 
     # What is absent or null has a default, or is missed later.
     kinds = {
         "a positive integer": lambda value: is_positive(value) and isinstance(value, int),
         "a positive number": is_positive, "true or false": lambda value: isinstance(value, bool),
-        "text": lambda value: isinstance(value, str), "an object": lambda value: isinstance(value, dict)}
+        "text": lambda value: isinstance(value, str), "an object": lambda value: isinstance(value, dict),
+        "a list": lambda value: isinstance(value, list)}
     wrong = []
     for kind, names in FIELDS.items():
         given = [name for name in names if raw.get(name) is not None]
         wrong += [f"{name} is {raw[name]!r:.40}, not {kind}" for name in given if not kinds[kind](raw[name])]
     rope = raw.get("rope_scaling") or raw.get("rope_parameters")
     for name, value in rope.items() if isinstance(rope, dict) else ():
-        if name in ROPE_SETTINGS - {"rope_type"} and value is not None and not is_positive(value):
-            wrong.append(f"{name} of RoPE is {value!r:.40}, not a positive number")
+        kind = "text" if name in ("rope_type", "type") else "a positive number"
+        if name in ROPE_SETTINGS | {"type"} and value is not None and not kinds[kind](value):
+            wrong.append(f"{name} of RoPE is {value!r:.40}, not {kind}")
     if wrong:
         raise ValueError(f"config.json: {'; '.join(wrong)}")
 
@@ -120,7 +125,8 @@ def refuse_unsupported(raw):
         "quantised weights are not supported; use the model's bf16, fp16 or fp32 checkpoint": is_quantised,
         'no sliding-window attention here: type "sliding_window": null, "use_sliding_window": false': slides,
         f"hidden_act {raw.get('hidden_act')!r} is not silu": raw.get("hidden_act", "silu") != "silu",
-        f"{', '.join(missing)} missing": missing}
+        f"{', '.join(missing)} missing": missing,
+        "over 1,000 layers": (raw.get("num_hidden_layers") or 0) > 1000}
     for text, is_wrong in refusals.items():
         if is_wrong:
             raise ValueError(f"config.json: {text}")
@@ -136,7 +142,9 @@ def read_rope(raw):
         raise ValueError("config.json: rope_scaling replaces rope_parameters, and with it the only "
                          "rope_theta; write rope_theta at the top level too")
     old_name = rope.pop("type", None)
-    kind = rope.get("rope_type") or old_name or "default"
+    kind = old_name if rope.get("rope_type") is None else rope["rope_type"]
+    if kind is None:  # then `factor` and others would mean nothing
+        kind = "default" if rope.keys() <= {"rope_theta", "partial_rotary_factor", "rope_type"} else "(none)"
     rope |= {"rope_type": kind, "rope_theta": float(theta or 10000)}
     partial = rope.pop("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     unknown = sorted(rope.keys() - ROPE_SETTINGS)
@@ -151,6 +159,11 @@ def read_rope(raw):
     missing = [name for name in ROPE_TYPES[kind] if rope.get(name) is None]
     if missing:
         raise ValueError(f"config.json: rope_type {kind!r} needs {', '.join(missing)}")
+    if kind == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
+        raise ValueError("config.json: low_freq_factor must be below high_freq_factor")
+    betas = rope.get("beta_slow") or 1, rope.get("beta_fast") or 32
+    if kind == "yarn" and not (rope["rope_theta"] > 1 and betas[0] < betas[1]):
+        raise ValueError("config.json: yarn needs a rope_theta above 1, and beta_slow below beta_fast")
     return rope
 
 
@@ -387,8 +400,8 @@ class Transformer(nn.Module):
         read_weights(path, model)
         model.folder = path.resolve()
         # Now, not when they are wanted: the folder may be a checkpoint that a later save removes.
-        model.companions = {name: (path / name).read_bytes() for name in COMPANION_FILES
-                            if (path / name).is_file()}
+        found = [path / name for name in COMPANION_FILES if (path / name).is_file()]
+        model.companions = {file.name: file.read_bytes() for file in found}
         return model
 
     def save_pretrained(self, path):
@@ -424,7 +437,7 @@ def read_config(path):
     """The parsed config.json of a model folder; ValueError if there is none."""
     try:
         return dict(json.loads((Path(path) / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: not a model folder, which holds config.json (a JSON object) and "
                          f"*.safetensors: {error}") from None
 
@@ -432,14 +445,17 @@ def read_config(path):
 def read_index(path):
     """{tensor: name of its file} as the index of a sharded model folder says; {} of a folder without one."""
     index = path / "model.safetensors.index.json"
-    if not index.is_file():
+    if not os.path.lexists(index):  # a link that leads nowhere has been meant
         return {}
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = {**json.loads(index.read_text(encoding="utf-8"))["weight_map"]}
+        if not weight_map:
+            raise ValueError("it is empty")
         for file in weight_map.values():
-            if Path(file).name != file:  # or an index could point anywhere on this machine
+            # Or an index could point anywhere on this machine.
+            if Path(file).name != file or file in ("", ".."):
                 raise ValueError(file)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index}: no {{\"weight_map\": {{tensor: file in here}}}}: {error!r}") from None
     return weight_map
 
@@ -451,6 +467,9 @@ def read_weights(path, model):
     found, wrong = {}, []
     for file in dict.fromkeys(index.values()) or ["model.safetensors"]:
         try:
+            if (path / file).exists() and not (path / file).is_file():  # a pipe would be waited for
+                raise OSError("no regular file")
+            open(path / file, "rb").close()  # whose error is truer than safe_open's
             reader = safe_open(path / file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path / file}: no safetensors file ({error}); download it again (with git: "

@@ -29,6 +29,7 @@ class Ranks:
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(device)
+        self.step = 1       # the coming one
         self.signal = None  # that asks the run to end after this step: SIGINT or SIGTERM
         self.handlers = {}  # of signals, before `listen`
         if self.device.type == "cuda":
@@ -68,21 +69,24 @@ class Ranks:
         """Rank 0's value (a picklable object) on every rank."""
         return self.gather(value)[0]
 
-    def listen(self):
-        """From now on SIGINT, SIGTERM or SIGHUP is noted; a second one, of any kind, ends the process."""
+    def listen(self, step):
+        """From now on, with `step` steps done, SIGINT, SIGTERM or SIGHUP is noted; a second one, of any kind,
+        ends the process."""
         def note(number, _frame):
             self.signal = number
             for each in self.handlers:
                 signal.signal(each, signal.SIG_DFL)
             # No print: it may have been interrupted itself.
-            os.write(2, b"\nfinishing this step, then saving; again to quit at once\n")
+            os.write(2, b"\nfinishing step %d, then saving; again to quit at once\n" % self.step)
+        self.step = step + 1
         # Windows has no hang-up.
         names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
         numbers = [getattr(signal, name) for name in names]
         self.handlers = {number: signal.signal(number, note) for number in numbers}
 
     def interrupted(self):
-        """Whether a signal came to any rank. All ask at once, so that they end after the same step."""
+        """Whether a signal came to any rank. All ask after every step, so that they end after the same one."""
+        self.step += 1
         agreed = max(self.gather(self.signal or 0))
         self.signal = agreed or self.signal  # one that came while they talked counts in the next step
         return agreed > 0
@@ -108,7 +112,7 @@ class Ranks:
 
 def pick_device(name):
     """The torch.device of that name, or the first GPU, or the CPU; ValueError if there is none."""
-    if not re.fullmatch("|cpu|cuda(:[0-9]+)?", name):
+    if not re.fullmatch("|cpu|cuda(:[0-9]{1,3})?", name):
         raise ValueError(f"--device is {name!r}, it must be cpu, cuda or cuda:NUMBER")
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():

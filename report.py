@@ -166,10 +166,12 @@ def trained_group(groups):
 
 
 def speak(line):
-    """Print at once, also into a pipe; where its reader has gone, to nowhere from now on."""
+    """Print at once, also into a pipe; where that cannot be, to nowhere from now on."""
     try:
         print(line, flush=True)
-    except BrokenPipeError:  # `| head`, for instance
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # `| head`, for instance, is meant
+            print(f"bread.py goes on, though nothing can be printed: {error}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

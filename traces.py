@@ -50,25 +50,27 @@ class Tokenizer:
         self._backend.no_truncation()  # the file may carry these settings, and would cut or pad in silence
         self._backend.no_padding()
         config = _read(folder / "tokenizer_config.json", _json_object, absent={})
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")  # each an AddedToken, or its text
-        self._names = {name: token["content"] if isinstance(token, dict) else token
-                       for name in names if (token := config.get(name))}
+        self._names = special_names(folder, config)
         bos = self._backend.token_to_id(self._names.get("bos_token", ""))
         eos = self._backend.token_to_id(self._names.get("eos_token", ""))
+        if eos is None and "eos_token" in self._names:
+            raise ValueError(f"{folder}: eos_token is {self._names['eos_token']!r:.60}, which tokenizer.json "
+                             "does not have")
         stops = {eos}
         # All three files, since one errs: Llama-3-8B-Instruct's lacked the <|eot_id|> that the model writes.
         for name in ("generation_config.json", "config.json"):
             entry = _read(folder / name, _json_object, absent={}).get("eos_token_id")
             entries = entry if isinstance(entry, list) else [entry]
-            if not all(id is None or type(id) is int for id in entries):
-                raise ValueError(f"{folder / name}: eos_token_id is {entry!r:.60}, ids are integers")
-            stops |= set(entries)
+            if not all(id is None or type(id) is int and 0 <= id < 2**31 for id in entries):
+                raise ValueError(f"{folder / name}: eos_token_id is {entry!r:.60}, ids are integers from 0")
+            # One that the tokenizer does not know, as of a padded vocabulary, ends nothing.
+            stops |= {id for id in entries if id is not None and self._backend.id_to_token(id) is not None}
         # Where the config is silent (Llama-3), what tokenizer.json itself puts in front of a text decides.
         starts_with_bos = self._backend.encode("", add_special_tokens=True).ids[:1] == [bos]
         self._bos = [bos] if bos is not None and config.get("add_bos_token", starts_with_bos) else []
         self._template = read_template(folder, config, template_args)
         if self._template and not ends_within(5, lambda: self._prompt_text(_as_messages("1+1?"))):
-            raise ValueError(f"{folder}: the chat template does not end within 5 seconds")
+            raise ValueError(f"{folder}: the chat template takes over 5 seconds, or over 1 GB")
         added = self._backend.get_added_tokens_decoder()
         special = {token.content: i for i, token in added.items() if token.special}
         turn_end = find_turn_end(self._prompt_text, special, stops) if self._template else None
@@ -101,7 +103,10 @@ class Tokenizer:
     def encoding(self, text, markup=False):
         """`.ids` of a text, and their (start, end) as `.offsets`. `markup`: special tokens are recognised."""
         self._backend.encode_special_tokens = not markup  # True reads "encode them as plain text"
-        return self._backend.encode(text, add_special_tokens=False)  # templates write their own bos
+        try:
+            return self._backend.encode(text, add_special_tokens=False)  # templates write their own bos
+        except TypeError:  # what it says of half a surrogate pair
+            raise ValueError(f"a text that has no UTF-8: {text!r:.60}") from None
 
     def decode(self, ids, skip_special_tokens=True):
         """Text of token ids."""
@@ -121,6 +126,8 @@ class Tokenizer:
         for message in messages:
             self.refuse_special(message["content"], "the prompt")
         text = self._prompt_text(messages)
+        if messages[-1]["content"].strip() not in text:
+            raise ValueError(f"the chat template drops the question: it prints {text!r:.60}")
         return self.encoding(text, markup=True).ids if self._template else self._bos + self.encode(text)
 
     def refuse_special(self, text, what):
@@ -143,10 +150,10 @@ class Tokenizer:
 
 def read_template(folder, config, arguments):
     """The chat template of a folder, "" without one. ValueError if it is no text or lacks an argument."""
-    template = config.get("chat_template") or ""
+    template = "" if config.get("chat_template") is None else config["chat_template"]
     if isinstance(template, list):  # [{"name": .., "template": ..}, ..]
-        named = [entry for entry in template if isinstance(entry, dict)]
-        template = {entry.get("name"): entry.get("template") for entry in named}.get("default", NO_DEFAULT)
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[-1].get("template") if named else NO_DEFAULT
     if not isinstance(template, str):
         raise ValueError(f"{folder}: the chat template is {template!r:.40}, text is needed")
     template = _read(folder / "chat_template.jinja", bytes.decode, absent=template)
@@ -157,23 +164,36 @@ def read_template(folder, config, arguments):
 
 
 def ends_within(seconds, call):
-    """Whether call() returns or fails in time, tried in a process of its own: nothing else stops 9**9**9."""
+    """Whether call() returns or fails in time, and without gigabytes, tried in a process of its own: nothing
+    else stops 9**9**9."""
     if not hasattr(os, "fork"):  # Windows
         return True
+    import resource  # POSIX only
     child = os.fork()
     if child == 0:
+        status = 0
+        try:
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds + 1, seconds + 1))  # if the parent is killed
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+        except OSError:  # macOS: time is limited, memory is not
+            pass
         try:
             call()
+        except ValueError as error:
+            status = isinstance(error.__cause__, MemoryError)
         finally:
-            os._exit(0)
+            os._exit(status)
     deadline = time.monotonic() + seconds
-    while os.waitpid(child, os.WNOHANG)[0] == 0:
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status == 0
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return False
         time.sleep(0.001)
-    return True
 
 
 def find_turn_end(render, special, stops):
@@ -193,9 +213,30 @@ def find_turn_end(render, special, stops):
     return None if opens else special[end]
 
 
+def special_names(folder, config):
+    """{name: text} of the special tokens that a tokenizer_config.json names; ValueError if one is no text."""
+    names = {}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token = config.get(name)  # an AddedToken, or its text
+        text = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(text, str) and token is not None:
+            raise ValueError(f"{folder / 'tokenizer_config.json'}: {name} is {token!r:.60}, text is needed")
+        if text:
+            names[name] = text
+    adds_bos = config.get("add_bos_token")
+    if not isinstance(adds_bos, bool | None):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: add_bos_token is {adds_bos!r:.60}, true or "
+                         "false is needed")
+    return names
+
+
 def _read(file, parse, absent=None):
     try:
-        return parse(file.read_bytes()) if absent is None or file.is_file() else absent  # optional files only
+        if absent is not None and not os.path.lexists(file):  # a link that leads nowhere has been meant
+            return absent
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise ValueError("it is no regular file")
+        return parse(file.read_bytes())
     except Exception as error:  # tokenizers raises plain Exception
         raise ValueError(f"{file} cannot be read: {error}") from error
 

@@ -360,6 +360,7 @@ def index(name):
     return json.dumps({"weight_map": {Q: WEIGHTS, HEAD: name}}).encode()
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 NO_FILE = "no safetensors file"
 REFUSED = [
     *(("mistral", {"sliding_window": x}, "sliding-window") for x in (4096, GONE)),  # GONE: 4096 by default
@@ -385,6 +386,10 @@ REFUSED = [
     ("llama", {"rope_scaling": {"type": "linear", "factor": 0}}, "factor of RoPE is 0, not a positive"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor of RoPE is '2'"),
     ("llama", {"rope_scaling": [1]}, "rope_scaling is [1], not an object"),
+    ("llama", {"vocab_size": 10**18}, "vocab_size is 1000000000000000000, not a positive integer"),
+    ("llama", {"rope_scaling": {"type": ["x"]}}, "type of RoPE is ['x'], not text"),
+    ("llama", {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor must be below"),
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1}, "a rope_theta above 1"),
     ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', not true or false"),
     ("llama", {"head_dim": 7}, "not 2 and 7"),
     ("llama", {"num_key_value_heads": 3}, "not 3 and 8"),
@@ -403,8 +408,8 @@ REFUSED = [
     *(("llama", {"config.json": x}, "not a model folder") for x in (GONE, b"{", b"[1]", b"7")),
     *(("llama", {WEIGHTS: x}, NO_FILE) for x in (GONE, b"", b"\x08", b"\xff" * 64, b"version https://git")),
     *(("llama", {INDEX: x}, f"{INDEX}: no {{") for x in (b"{}", b"[]", b"{", b'{"weight_map": 3}')),
-    *(("llama", {INDEX: index(x)}, f"{INDEX}: no {{") for x in ("../x", "/etc/x", "x/y", ".", 7, ["x"])),
-    *(("llama", {INDEX: index(x)}, NO_FILE) for x in ("..", "", "c.safetensors")),
+    *(("llama", {INDEX: index(x)}, f"{INDEX}: no {{") for x in ("../x", "/etc/x", "x/y", ".", "..", "", 7)),
+    ("llama", {INDEX: index("c.safetensors")}, NO_FILE),
     *(("llama", {INDEX: index("b.safetensors"), "b.safetensors": save({x: torch.ones(40, 32)})},
        f"{HEAD} is not in the shard that the index says") for x in (HEAD, "x"))]  # in two shards, in none
 

@@ -40,7 +40,7 @@ def test_one_process_joins_nobody_and_loses_no_signal():
     late = Late("cpu")
     assert [late.interrupted(), late.interrupted(), late.signal] == [False, True, signal.SIGINT]
     before = signal.getsignal(signal.SIGTERM)
-    ranks.listen()
+    ranks.listen(0)
     assert not ranks.interrupted()
     os.kill(os.getpid(), signal.SIGTERM)
     assert ranks.interrupted() and ranks.signal == signal.SIGTERM

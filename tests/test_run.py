@@ -235,18 +235,18 @@ def test_a_reader_that_goes_away_ends_no_run(flags, tmp_path):
     command = shlex.join([sys.executable, f"{ROOT / 'bread.py'}", *argv])
     endings = {"head": "| head -n 1 >/dev/null; exit ${PIPESTATUS[0]}", "out": ">&-", "err": "2>&-"}
     for name, ending in endings.items():
-        line = f"{command.replace('OUT', str(tmp_path / name))} --system 'ü' {ending}"
+        line = f"{command.replace('OUT', str(tmp_path / f'{name}-ü'))} {ending}"
         done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path,
                               env=os.environ | {"PYTHONIOENCODING": "ascii"})
         assert done.returncode == 0 and done.stderr == "", (name, done.stderr)
-        assert (tmp_path / name / "checkpoint-2" / "trainer.json").is_file()
+        assert (tmp_path / f"{name}-ü" / "checkpoint-2" / "trainer.json").is_file()
 
 
 def test_a_disk_without_room_is_known_before_training(flags, tmp_path, capsys, monkeypatch):
-    """One line, exit code 1, and nothing of a run is left behind."""
+    """One line, exit code 2, and nothing of a run is left behind."""
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert bread.main(flags(tmp_path / "run", "--method sft")) == 1
+    assert bread.main(flags(tmp_path / "run", "--method sft")) == 2
     assert re.search(r"a checkpoint needs \d+ MB, 0 MB are free", one_line(capsys))
     assert not list((tmp_path / "run").glob("*.json*"))
 

@@ -181,8 +181,8 @@ def test_templates_are_found_and_understood_as_by_transformers(make):
     ("{{ messages.append(1) }}", "SecurityError"), ("{% include '/etc/hostname' %}", "TypeError"),
     ("{{ '' }}", "drops the question"), ([{"name": "default", "template": 5}], "5, text is needed"),
     ("{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}", "drops"),
-    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "does not end"),
-    ("{{ 9**(9**9) }}", "does not end within 5 seconds")])
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes over 5"),
+    ("{{ 9**(9**9) }}", "takes over 5 seconds"), ("{{ 'a' * 10**10 }}", "takes over 5 seconds, or over 1 GB")])
 def test_broken_and_hostile_templates_are_refused(make, template, words):
     """A template that fails or reaches out of the sandbox is a ValueError with the folder and the fault."""
     with pytest.raises(ValueError, match="model: (the )?chat template:? .*" + words):
