@@ -288,15 +288,16 @@ def train(config):
 
 def checked(groups, problems, state):
     """What a method returned, a user's too, or a TypeError: a list with a group of rollouts per problem."""
-    rollouts = [rollout for group in groups for rollout in group] if isinstance(groups, list) else []
-    is_right = all(isinstance(rollout, Rollout) for rollout in rollouts) and all(map(len, groups))
-    if not is_right or len(groups) != len(problems):
+    is_right = isinstance(groups, list) and len(groups) == len(problems)
+    for group in groups if is_right else []:
+        is_right &= isinstance(group, list) and group != [] and all(isinstance(one, Rollout) for one in group)
+    if not is_right:
         raise TypeError(f"--method: {len(problems)} groups, lists of Rollout, are needed, not {groups!r:.60}")
-    for problem in problems:
+    for id, held in list(state.memory.items()):
         try:
-            json.dumps(state.memory.get(problem.id))
+            json.dumps(held)
         except (TypeError, ValueError) as error:
-            held = state.memory.pop(problem.id)  # or no checkpoint could be written any more
+            del state.memory[id]  # or no checkpoint could be written any more
             raise TypeError(f"--method: state.memory holds {held!r:.60}: {error}") from error
     return groups
 

@@ -123,12 +123,7 @@ class RunFolder:
 
     def _admit(self, resume, overwrite):
         """Refuse to mix two runs; otherwise leave the folder ready for this one."""
-        for path in self.path.iterdir():  # before anything is removed
-            is_log = path.name.removesuffix(".tmp") in LOGS
-            is_checkpoint = re.fullmatch(r"checkpoint-[0-9]+(\.tmp)?", path.name)
-            is_folder = path.is_dir() and not path.is_symlink()
-            if is_log and not path.is_file() or is_checkpoint and not is_folder:
-                raise ValueError(f"{path} is in the way of a run's files: move or remove it")
+        refuse_obstacles(self.path)  # before anything is removed
         holds_run = (self.path / "run.json").exists() or any(self.path.glob("checkpoint-*"))
         if holds_run and resume + overwrite != 1:  # neither, or both
             raise ValueError(f"{self.path} already holds a run: give either --resume to continue it, "
@@ -213,6 +208,16 @@ def lock(path):
     except OSError:
         pass  # a file system without locks, as some clusters mount: better unlocked than no training at all
     return file
+
+
+def refuse_obstacles(folder):
+    """ValueError for what has the name of a run's file or checkpoint and is none: a later save would fail."""
+    for path in folder.iterdir():
+        is_log = path.name.removesuffix(".tmp") in LOGS
+        is_checkpoint = re.fullmatch(r"checkpoint-[0-9]+(\.tmp)?", path.name)
+        is_folder = path.is_dir() and not path.is_symlink()
+        if is_log and not path.is_file() or is_checkpoint and not is_folder:
+            raise ValueError(f"{path} is in the way of a run's files: move or remove it")
 
 
 def seal(folder, record):

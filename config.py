@@ -248,7 +248,7 @@ def flags_of_run(parser, path):
             raise OSError("no regular file")
         options = json.loads(path.read_bytes())
         for field in dataclasses.fields(Config):
-            value = options.pop(field.name)
+            value = options.pop(field.name)  # all are there, or a default would change the run
             if type(value) not in (field.type, int) or type(value) is int and field.type not in (int, float):
                 raise ValueError(f"{field.name} is {value!r:.40}")
             # What replaced an older run must not replace this one.

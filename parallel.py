@@ -85,7 +85,7 @@ class Ranks:
         self.handlers = {number: signal.signal(number, note) for number in numbers}
 
     def interrupted(self):
-        """Whether a signal came to any rank. All ask after every step, so that they end after the same one."""
+        """Whether a signal came to any rank. All ask after every step, and so end after the same one."""
         self.step += 1
         agreed = max(self.gather(self.signal or 0))
         self.signal = agreed or self.signal  # one that came while they talked counts in the next step

@@ -33,7 +33,8 @@ ENDS = r"(?:[.,;:](?!\d)|\*\*|\\\)|\\\]|$|(?=\s(?!x\s?\d)[A-Za-z]+\b(?!\s?[-+*/]
 # Completions that state nothing: whatever an anchor with one of them is paid for, the anchor has stated.
 EMPTY = ("", ".", "**\n\nDone.", "\n</think>\n\nSo that is it.")
 COLUMNS = ("traces", "notation", "form", "problems", "cuts each", "without a cut",
-           "last anchor claims the answer", "an anchor is paid, also with an empty completion", "reach of the last cut, median",
+           "last anchor claims the answer", "an anchor is paid, also with an empty completion",
+           "reach of the last cut, median",
            "of those whose trace allows 60%")
 
 

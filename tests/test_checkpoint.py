@@ -341,6 +341,21 @@ def test_overwrite_removes_what_a_run_writes_and_nothing_else(folder):
         "checkpoint-best", "checkpoint-best.txt", "metrics.jsonl.bak", "notes.txt", "plots"]
 
 
+@pytest.mark.parametrize("name, make", [
+    ("checkpoint-3", Path.touch), ("checkpoint-3.tmp", Path.touch), ("metrics.jsonl", Path.mkdir),
+    ("run.json.tmp", Path.mkdir), ("samples.jsonl", os.mkfifo),
+    ("checkpoint-3", lambda path: path.symlink_to(path.parent / "checkpoint-1"))])
+def test_what_is_in_the_way_is_named_before_anything_is_removed(folder, name, make):
+    """Or a later save would fail, or --overwrite end half-way."""
+    save(folder, 1)
+    folder.close()
+    make(folder.path / name)
+    before = names(folder.path)
+    for keywords in ({"resume": True}, {"overwrite": True}):
+        assert f"{folder.path / name} is in the way" in refusal(folder.path, **keywords)
+    assert names(folder.path) == before
+
+
 def test_logs_are_plain_json(folder):
     """NaN and infinities are null at any depth; text stays readable; half a surrogate pair stays JSON."""
     row = {"loss": NAN, "nested": [{"kl": math.inf}, (-math.inf, 0.1)], "text": "数\u2028\n\ud83d"}

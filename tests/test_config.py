@@ -104,6 +104,10 @@ def test_a_file_of_flags_that_includes_itself_is_one_line(tmp_path):
     """And no traceback of a thousand lines."""
     (tmp_path / "a.args").write_text(f"@{tmp_path / 'a.args'}")
     assert message(f"@{tmp_path / 'a.args'}") == "an @FILE of flags includes itself"
+    for content, words in ((b"--system '", "has the line"), (b"\xff", "is no UTF-8")):
+        (tmp_path / "a.args").write_bytes(content)
+        assert message(f"@{tmp_path / 'a.args'}").startswith(f"an @FILE of flags {words}")
+    assert message("--steps=--") == "--steps has no value; --help lists every flag"
 
 
 @pytest.mark.parametrize("content", [
@@ -119,7 +123,8 @@ def test_a_damaged_run_json_is_one_line_that_names_it(tmp_path, content):
 
 @pytest.mark.parametrize("given, expected", [
     (["--template-args", "[1]"], r"--template-args is '\[1\]', it must be a JSON object, as in '{"),
-    (["--template-args", "{'a': 1}"], "--template-args is"), (["--keep", "0"], "--keep is 0, .* at least 1"),
+    (["--template-args", "{'a': 1}"], "--template-args is"),
+    (["--template-args", "[" * 9**5], "--template-args is"), (["--keep", "0"], "--keep is 0, .* at least 1"),
     (["--write-hard", "hard.jsonl"], "--write-hard .* give --eval")])
 def test_new_flags_have_limits(given, expected):
     """One line each, also with --method sft, which knows no groups."""

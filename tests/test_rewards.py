@@ -149,7 +149,8 @@ HOSTILE = {
     "nested fractions": r"\frac{1}{" * 30 + "2" + "}" * 30, "plus-minus": "±" * 299,
     "many sets": r"\{" + "1," * 140 + r"\}", "blanks": " " * 299, "names": "x=" * 149,
     "units": "5" + " abc" * 74 + "!", "thousands": "1,000" * 59 + "!",
-    "a zero denominator": "5/0", "Arabic digits": "٥", "a lone surrogate": "\ud800",
+    "a long word": "x" * 10**6, "a zero denominator": "5/0",
+    "Arabic digits": "٥", "a lone surrogate": "\ud800",
 }.items()}
 
 
@@ -159,6 +160,7 @@ def test_hostile_text_is_judged_in_bounded_time(name):
     start = time.process_time()
     assert math_reward(HOSTILE[name], "5") == 0.0
     assert not answers_match(HOSTILE[name], "5")
+    assert len(without_cut_word(HOSTILE[name])) <= len(HOSTILE[name])
     assert time.process_time() - start < 2
     parse_gold(HOSTILE[name])
 
