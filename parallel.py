@@ -8,6 +8,7 @@ float32 masters and AdamW's moments, 12 of the 16 bytes per parameter (ZeRO stag
 parameter has one owner, to whom all gradients of it are summed and who hands its new value to the others.
 """
 import collections
+import contextlib
 import datetime
 import math
 import os
@@ -76,8 +77,9 @@ class Ranks:
             self.signal = number
             for each in self.handlers:
                 signal.signal(each, signal.SIG_DFL)
-            # No print: it may have been interrupted itself.
-            os.write(2, b"\nfinishing step %d, then saving; again to quit at once\n" % self.step)
+            # No print: it may have been interrupted itself. And a terminal that hung up takes no word.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nfinishing step %d, then saving; again to quit at once\n" % self.step)
         self.step = step + 1
         # Windows has no hang-up.
         names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]

@@ -4,9 +4,9 @@
 
 Two runs of bread.py's embedded example, one thread each, side by side; where a fault ends one, --resume goes
 on. Compared, but for seconds, at the newest checkpoint of both: weights, masters, moments, the record, logs.
-The other run keeps all checkpoints for that, 5.5 MB each; its memory is watched. Exit code 1 if anything is
-not as it should be. Linux only. 4 x 4 rollouts are 0.3 to 0.5 s a step on one core; with a 25th of the
-example's --lr searches last for 200 steps and gradients to the end: without them no fault shows in moments.
+The other run keeps all checkpoints for that, 5.5 MB each; its memory takes 300 steps to tell. Exit code 1 if
+anything is not as it should be. Linux only. 4 x 4 rollouts are 0.15 to 0.45 s a step on one core; with a 50th
+of the example's --lr 200 steps search, and 64 of the last 100 have the gradients that a fault could spoil.
 """
 import argparse
 import itertools

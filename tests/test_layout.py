@@ -39,11 +39,11 @@ OURS = {path.stem for path in ROOT.glob("*.py")} | {"kernels"}
 # then damage of the right size and what is in the way (38), what a method returned (17), a tokenizer's fields
 # and links that lead nowhere (40), limits of RoPE (20), rows of run.json (12).
 LINES = {"bread.py": 1006, "config.py": 315, "model.py": 615, "sampler.py": 577, "packing.py": 253,
-         "parallel.py": 271, "traces.py": 348, "data.py": 245, "rewards.py": 295, "checkpoint.py": 312,
+         "parallel.py": 273, "traces.py": 348, "data.py": 245, "rewards.py": 295, "checkpoint.py": 312,
          "plan.py": 227, "report.py": 569, "cuts.py": 201, "evaluation.py": 87, "endings.py": 66,
          "kernels": 727}
-SHIPPED_LINES = 6114
-TEST_LINES = 7052  # 4,500 were asked for; 289 prove the methods, 220 fused kernels, 318 properties
+SHIPPED_LINES = 6116
+TEST_LINES = 7063  # 4,500 were asked for; 289 prove the methods, 220 fused kernels, 318 properties
 # and graphs, 360 memory: the plan, masters, halves, files of all ranks
 BENCH_LINES = 2394  # anchors.py 114; memory.py, trl_step.py 230; soak.py 187
 

@@ -245,6 +245,17 @@ def test_a_reader_that_goes_away_ends_no_run(flags, tmp_path):
         assert (tmp_path / f"{name}-ü" / "checkpoint-2" / "trainer.json").is_file()
 
 
+def test_a_signal_is_heard_though_nobody_reads_stderr(flags, tmp_path):
+    """A terminal that hangs up takes stderr along, and sends the signal: no error in its handler."""
+    argv = flags(tmp_path / "run", hook(tmp_path, "os.kill(os.getpid(), signal.SIGHUP)", 2, "bread.sft")
+                 + " --eval-data '' --steps 9")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, f"{ROOT / 'bread.py'}", *argv], stdout=writer, stderr=writer)
+    os.close(writer)
+    assert done.returncode == 128 + signal.SIGHUP and (tmp_path / "run" / "checkpoint-2").is_dir()
+
+
 def test_a_disk_without_room_is_known_before_training(flags, tmp_path, capsys, monkeypatch):
     """One line, exit code 2, and nothing of a run is left behind."""
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
