@@ -264,7 +264,7 @@ def train(config):
             lr = learning_rate(config, state)
             batch = ranks.share(next_problems(problems, config, state.step))
             with report.clock(state.seconds, "sample"):
-                groups = checked(method(policy, batch, state), batch, state)            # 1, 2, 3
+                groups = checked(method(policy, batch, state), state)                   # 1, 2, 3
             set_advantages(groups, divide_by_std=not config.no_std)                     # 4
             with report.clock(state.seconds, "update"):
                 sums, norms = update(policy, optimizer, ranks, groups, lr, loss_of)     # 5
@@ -286,13 +286,13 @@ def train(config):
     return 128 + ranks.signal if ranks.signal else 0
 
 
-def checked(groups, problems, state):
-    """What a method returned, a user's too, or a TypeError: a list with a group of rollouts per problem."""
-    is_right = isinstance(groups, list) and len(groups) == len(problems)
+def checked(groups, state):
+    """What a method returned, a user's too, or a TypeError: a list of groups, which are lists of rollouts."""
+    is_right = isinstance(groups, list) and groups != []
     for group in groups if is_right else []:
         is_right &= isinstance(group, list) and group != [] and all(isinstance(one, Rollout) for one in group)
     if not is_right:
-        raise TypeError(f"--method: {len(problems)} groups, lists of Rollout, are needed, not {groups!r:.60}")
+        raise TypeError(f"--method: groups, lists of Rollout, are needed, not {groups!r:.60}")
     for id, held in list(state.memory.items()):
         try:
             json.dumps(held)
@@ -488,6 +488,7 @@ def expert_rollouts(policy, problems, advantage=None):
 
 
 def num_successes(group):
+    """Of its rollouts those with a reward above 0."""
     return sum(rollout.reward > 0 for rollout in group)
 
 
@@ -502,11 +503,14 @@ def noise_id(*key):
 def group_advantages(rewards_G, divide_by_std=True):
     """Rewards of a group (same problem, same anchor) -> advantages (G,): (r - mean) / population std.
 
-    They sum to 0; equal rewards give exactly 0. Without the division: Dr.GRPO, arXiv 2503.20783.
+    Float, of one group; ValueError else. They sum to 0; equal rewards give exactly 0. Without the division:
+    Dr.GRPO, arXiv 2503.20783.
 
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0])).tolist()
     [1.0, -1.0, -1.0, 1.0]
     """
+    if rewards_G.dim() != 1 or not len(rewards_G):
+        raise ValueError(f"group_advantages: rewards are {tuple(rewards_G.shape)}, not (G,)")
     if bool((rewards_G == rewards_G[0]).all()):
         return torch.zeros_like(rewards_G)
     centred_G = rewards_G - rewards_G.mean()
@@ -528,10 +532,14 @@ def grpo_loss(logprobs_N, old_logprobs_N, advantages_N, weights_N, clip_low, cli
 
         J = sum over sampled tokens of  w min(rho A, clip(rho, 1 - low, 1 + high) A),     rho = pi / pi_old
 
-    Elementwise, so any shape will do; logprobs_N carries the gradient. weights_N: what a token counts. For a
-    mean over tokens 1 / tokens of the WHOLE update; for a mean over rollouts 1 / (rollouts x tokens of this
-    one); in a padded (B, T) batch mask / denominator, with finite padding.
+    All of one shape, whichever, and float; ValueError else. logprobs_N carries the gradient. weights_N: what
+    a token counts. For a mean over tokens 1 / tokens of the WHOLE update; for a mean over rollouts 1 /
+    (rollouts x tokens of this one); in a padded (B, T) batch mask / denominator, with finite padding.
     """
+    shapes = [tuple(x.shape) for x in (logprobs_N, old_logprobs_N, advantages_N, weights_N)]
+    if len(set(shapes)) > 1:  # (B, 1) advantages would be broadcast, and weighted wrongly
+        raise ValueError(f"grpo_loss: {shapes} given, not one shape for log-probs, old ones, advantages and "
+                         "weights")
     ratio_N = (logprobs_N - old_logprobs_N).clamp(-20, 20).exp()  # e^20 is far outside any clip range
     unclipped_N = ratio_N * advantages_N
     clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high) * advantages_N
@@ -634,6 +642,7 @@ def add_gradients(policy, packs, loss_of, is_first):
 
 
 def num_batches(packs):
+    """Of all that `make_batches` yielded."""
     return sum(len(batches) for _, batches in packs)
 
 

@@ -126,17 +126,17 @@ class RunFolder:
         refuse_obstacles(self.path)  # before anything is removed
         holds_run = (self.path / "run.json").exists() or any(self.path.glob("checkpoint-*"))
         if holds_run and resume + overwrite != 1:  # neither, or both
-            raise ValueError(f"{self.path} already holds a run: give either --resume to continue it, "
-                             "or --overwrite to replace it, or another --output")
+            raise ValueError(f"{self.path} already holds a run: continue it (resume) or replace it "
+                             "(overwrite), or take another folder (output)")
         settle(self.path)
         newest, notes = self.latest()
         if resume and newest is None:
-            raise ValueError("; ".join([f"{self.path} holds no complete checkpoint to resume from: start "
-                                        "without --resume, or with --overwrite in its place", *notes]))
+            raise ValueError("; ".join([f"{self.path} holds no complete checkpoint to resume from: begin "
+                                        "anew, with overwrite where it holds a run", *notes]))
         if overwrite:
             for _, folder in self._checkpoints():
                 if not (folder / MANIFEST).exists():  # other trainers name their folders checkpoint-N, too
-                    raise ValueError(f"{folder} is not of a run of ours: remove it, or give another --output")
+                    raise ValueError(f"{folder} is not of a run of ours: remove it, or take another folder")
             for _, folder in self._checkpoints():
                 shutil.rmtree(folder)
             for name in LOGS:
@@ -190,21 +190,20 @@ def load(folder, wanted):
 
 
 def lock(path):
-    """Create the folder and return its open, locked .lock, which the system unlocks when the process ends."""
+    """Create the folder and return its open, locked .lock, which the system unlocks when the process ends.
+    ValueError if it cannot be written, or is in use."""
     import fcntl  # POSIX only; imported here so that Windows can import this file
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if (path / ".lock").exists() and not (path / ".lock").is_file():  # a pipe would be waited for
-            raise OSError(".lock is no regular file")
         tempfile.TemporaryFile(dir=path).close()  # a read-only folder is an error now, not at the first save
-        file = open(path / ".lock", "ab")
+        file = os.fdopen(os.open(path / ".lock", os.O_RDWR | os.O_CREAT), "ab")  # which waits for no pipe
     except (OSError, ValueError) as error:  # the latter for a name with a zero byte
-        raise ValueError(f"{path} is no folder that can be written, give another --output: {error}") from None
+        raise ValueError(f"{path} is no folder that can be written, take another (output): {error}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise ValueError(f"{path} is in use by another process: wait, or give another --output") from None
+        raise ValueError(f"{path} is in use by another process: wait, or take another (output)") from None
     except OSError:
         pass  # a file system without locks, as some clusters mount: better unlocked than no training at all
     return file

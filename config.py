@@ -130,6 +130,7 @@ class Config:
 
 
 def flag_of(field):
+    """Of a dataclass's field: "--max-new-tokens"."""
     return "--" + field.name.replace("_", "-")
 
 

@@ -181,6 +181,7 @@ def recogniser(answer, matches):
 
 
 def digits_of(text):
+    """The digits of a text, raised ones too, in order of size."""
     return sorted(re.findall("[0-9]", text.translate(POWERS)))
 
 

@@ -62,5 +62,6 @@ def lacks_memory(error):
 
 
 def out_of_memory_line(error, flags, where=""):
+    """What went wrong, and what to type."""
     text = str(error).splitlines()[0]
     return f"out of memory{where}: give {flags}; --plan shows what takes how much ({text})"

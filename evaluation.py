@@ -10,7 +10,8 @@ import statistics
 
 
 def is_right(answer):
-    return answer["reward"] > 0
+    """Whether an answer of eval.jsonl was paid."""
+    return answer["reward"] > 0  # as in training
 
 
 def summarise(rows):

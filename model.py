@@ -133,7 +133,8 @@ def refuse_unsupported(raw):
 
 
 def read_rope(raw):
-    """Both forms of RoPE settings -> one dict with `rope_type`, `rope_theta` and what that type needs."""
+    """Both forms of RoPE settings -> one dict with `rope_type`, `rope_theta` and what that type needs;
+    ValueError for what is not supported."""
     # As in transformers rope_scaling, if set, replaces rope_parameters, whose theta must not be lost with it.
     parameters = raw.get("rope_parameters") or {}
     rope = dict(raw.get("rope_scaling") or parameters)
@@ -226,23 +227,26 @@ def swiglu(x):
 
 class Linear(nn.Linear):
     """One product. Where it fuses several maps of one input, `parts` is {"q_proj": its rows of the weight,
-    ...}: checkpoints hold each part under its own name."""
+    ...}: checkpoints hold each part under its own name. Change a weight in place under no_grad, or put a new
+    nn.Parameter there: after `weight.data.copy_` a CPU may sample on with the old one."""
     parts = None
-    packed = None  # (version of the weight, the weight as oneDNN lays it out)
+    packed = None  # ((the weight, its address and version), the weight as oneDNN lays it out)
 
     def forward(self, x):
         if torch.is_grad_enabled():
             self.packed = None  # N floats, which an update has better use for
         rows = x.numel() // x.shape[-1]
-        is_skinny = 1 < rows <= 256 and self.weight.numel() >= 2**18
+        weight = self.weight
+        # One that is computed anew, by parametrize, is no Parameter.
+        is_skinny = 1 < rows <= 256 and weight.numel() >= 2**18 and isinstance(weight, nn.Parameter)
         is_here = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
         if torch.is_grad_enabled() or not is_skinny or not is_here:
             return super().forward(x)
         # Few rows, a large weight, as in decoding. Other libraries lay a weight out anew in every product:
         # 1.9 times slower at 8 rows, 1.5 at 32, 1.3 at 128 (SmolLM2-135M's layers, 1 and 2 threads).
-        if self.packed is None or self.packed[0] != self.weight._version:
-            laid_out = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), rows)
-            self.packed = self.weight._version, laid_out
+        key = id(weight), weight.data_ptr(), weight._version
+        if self.packed is None or self.packed[0] != key:
+            self.packed = key, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed[1], self.bias, "none", [], "")
 
     def __getstate__(self):
@@ -355,7 +359,8 @@ class Transformer(nn.Module):
         return ops.rms_norm(hidden_BTD, self.model.norm.weight, self.model.norm.eps)
 
     def rope(self, positions_BT, dtype):
-        """[cos | cos] and [-sin | sin] of every position's angles, as `rotate` uses them: (B, T, 1, C)."""
+        """[cos | cos] and [-sin | sin] of every position's angles, as `rotate` uses them: (B, T, 1, C).
+        ValueError beyond the window of "dynamic"."""
         self.frequencies_R = self.frequencies_R.to(positions_BT.device)
         angles_BTR = positions_BT.unsqueeze(-1).float() * self.frequencies_R  # bf16 has no position 257
         if self.config.rope_parameters["rope_type"] == "dynamic":
@@ -406,10 +411,17 @@ class Transformer(nn.Module):
 
     def save_pretrained(self, path):
         """Write a folder that transformers and vLLM load: config, weights, and the tokenizer's files as they
-        were where the model came from. ValueError if `path` is that folder."""
+        were where the model came from. ValueError, before anything is written, if `path` is that folder, or
+        if modules were wrapped or parametrized and not merged again: nobody could load that."""
         path = Path(path)
         if path.resolve() == self.folder:
             raise ValueError(f"{path}: the model was loaded from this folder; save it to another one")
+        with torch.device("meta"):
+            plain = {name for name, _ in Transformer(self.config).named_parameters()}
+        others = sorted(plain ^ {name for name, _ in self.named_parameters()})
+        if others:
+            raise ValueError(f"{others[0]} and {len(others) - 1} others are added to this model, or missing: "
+                             "merge what was wrapped or parametrized first, nobody could load them")
         path.mkdir(parents=True, exist_ok=True)
         dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
         (path / "config.json").write_text(json.dumps(config_dict(self, dtype), indent=2) + "\n")
@@ -443,7 +455,8 @@ def read_config(path):
 
 
 def read_index(path):
-    """{tensor: name of its file} as the index of a sharded model folder says; {} of a folder without one."""
+    """{tensor: name of its file} as the index of a sharded model folder says; {} of a folder without one;
+    ValueError if it is none."""
     index = path / "model.safetensors.index.json"
     if not os.path.lexists(index):  # a link that leads nowhere has been meant
         return {}
@@ -461,7 +474,8 @@ def read_index(path):
 
 
 def read_weights(path, model):
-    """Fill a model from the files of a folder, checked name by name; ValueError lists all that is wrong."""
+    """Fill a model from the files of a folder, checked name by name; ValueError lists all that is wrong.
+    (Inside, an OSError says why a file cannot be opened.)"""
     expected = checkpoint_tensors(model)
     index = read_index(path)
     found, wrong = {}, []
@@ -603,13 +617,21 @@ def few_rows(start, logits_nV):
 def linear_logprob(hidden_ND, weight_VD, targets_N, temperature=1.0):
     """Log-probability of one chosen token per row, and the entropy of the distribution it was drawn from.
 
-    hidden_ND and LM head weight_VD (any float types), targets_N (int64) -> (logprobs_N, entropies_N),
-    float32, in nats, under softmax(hidden @ weight.T / temperature), of whose (N, V) logits only CHUNK_BYTES
-    exist at a time. The entropies carry no gradient. Raises IndexError for a target that is no token (on a
-    GPU, for which a check would have to wait, its own assertion fails).
+    hidden_ND and LM head weight_VD (both float32 or bfloat16), targets_N (integers) -> (logprobs_N,
+    entropies_N), float32, in nats, under softmax(hidden @ weight.T / temperature), of whose (N, V) logits
+    only CHUNK_BYTES exist at a time. The entropies carry no gradient. Raises ValueError for any other shape,
+    dtype or temperature, IndexError for a target that is no token (on a GPU, where a check would have to
+    wait, its own assertion fails).
     """
-    N, V = len(hidden_ND), len(weight_VD)
-    is_checked = N and targets_N.device.type == "cpu"
-    if targets_N.shape != (N,) or (is_checked and not 0 <= targets_N.min() <= targets_N.max() < V):
-        raise IndexError(f"linear_logprob: targets {[*targets_N.shape]} for {N} rows; one in 0..{V - 1} each")
+    shapes = [tuple(x.shape) for x in (hidden_ND, weight_VD, targets_N)]
+    if hidden_ND.ndim != 2 or shapes[1][1:] != shapes[0][1:] or shapes[2] != shapes[0][:1]:
+        raise ValueError(f"linear_logprob: {shapes} given, not (N, D), (V, D), (N,): type hidden.view(-1, D)")
+    dtypes = [x.dtype for x in (hidden_ND, weight_VD, targets_N)]
+    is_typed = dtypes[:2] in ([torch.bfloat16] * 2, [torch.float32] * 2) and not targets_N.is_floating_point()
+    if not (is_typed and 0.0 < temperature < math.inf):
+        raise ValueError(f"linear_logprob: {dtypes}, temperature {temperature} given, not two of bfloat16 or "
+                         "float32 and integers, positive and finite: type hidden.to(weight.dtype)")
+    V = len(weight_VD)
+    if targets_N.device.type == "cpu" and len(targets_N) and not 0 <= targets_N.min() <= targets_N.max() < V:
+        raise IndexError(f"linear_logprob: targets from {targets_N.min()} to {targets_N.max()} of {V} tokens")
     return ChunkedLogprob.apply(hidden_ND.float() / temperature, weight_VD.float(), targets_N.long())

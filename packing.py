@@ -112,6 +112,22 @@ def halve(contexts, batches):
     return [(contexts, halves)]
 
 
+def split_context(context_ids, completion_ids):
+    """(prefix, row) as lists: position n of a row behind its prefix predicts completion_ids[n].
+
+        prefixes = Prefixes(model, [split_context(context_ids, [])[0]])
+        rows = [(0, split_context(context_ids, ids)[1]) for ids in completions]
+        hidden_ND = forward_suffixes(model, prefixes, rows)
+        targets_N = torch.tensor(sum(completions, []))
+        loss_of(head(hidden_ND), targets_N).backward()
+        prefixes.backward()
+
+    >>> split_context([5, 6, 7], [1, 2])
+    ([5, 6], [7, 1])
+    """
+    return [*context_ids[:-1]], [context_ids[-1], *completion_ids[:-1]]
+
+
 def make_batch(rows, weight_of, device):
     """[(which prefix, context, rollout), ...] -> Batch. Inputs begin with the last token of the context:
 
@@ -120,7 +136,7 @@ def make_batch(rows, weight_of, device):
                                      target      o o o s
     """
     rollouts = [rollout for _, _, rollout in rows]
-    inputs = [(i, [context[-1], *rollout.completion_ids[:-1]]) for i, context, rollout in rows]
+    inputs = [(i, split_context(context, rollout.completion_ids)[1]) for i, context, rollout in rows]
     targets = [token for rollout in rollouts for token in rollout.completion_ids]
     logprobs = [logprob for rollout in rollouts for logprob in rollout.logprobs]
     targets_N = torch.tensor(targets, device=device)
@@ -171,8 +187,10 @@ def forward_suffixes(model, prefixes, rows):
     """Phase 2: hidden states of rows behind prefixes: [(index of the prefix, token ids), ...] -> hidden_ND.
 
     Packed row by row in the given order, without padding; the rows of a prefix may come in several calls.
-    Raises ValueError for a row without tokens or of an unknown prefix.
+    Raises ValueError for no rows, a row without tokens or of an unknown prefix.
     """
+    if not rows:
+        raise ValueError("forward_suffixes needs a row or more")
     for number, (i, ids) in enumerate(rows):
         if not ids or not 0 <= i < len(prefixes.lengths):
             raise ValueError(f"row {number}: {len(ids)} tokens behind prefix {i}; it needs a token or more "
@@ -224,6 +242,8 @@ class Ragged:
 
     def attend(self, q_NHC, k_MKC, v_MKC):
         """(N, H, C) queries, (M, K, C) keys and values -> (N, H, C)."""
+        q_NHC = q_NHC.to(v_MKC.dtype)  # torch.autocast leaves what was rotated in float32
+        k_MKC = k_MKC.to(v_MKC.dtype)
         if self.flash and q_NHC.dtype in (torch.float16, torch.bfloat16) and q_NHC.shape[-1] % 8 == 0:
             return varlen_attn(q_NHC, k_MKC, v_MKC, *self.ends, *map(max, self.lengths),
                                window_size=(-1, 0), **GQA)

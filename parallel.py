@@ -230,8 +230,8 @@ class MasterAdamW:
 
     # What a rank owns it alone writes and reads: nothing passes through another's memory.
     def owns(self, name):
-        """Whether a tensor of that name, as `state` gives them, belongs to this rank."""
-        return int(name.partition(".")[0]) in self.kept
+        """Whether a tensor of that name, as `state` gives them, belongs to this rank; no other name does."""
+        return name.partition(".")[0] in map(str, self.kept)
 
     @torch.no_grad()
     def restore(self, tensors):

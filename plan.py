@@ -44,10 +44,12 @@ class Plan:
 
     @property
     def needed(self):
+        """Bytes at the highest."""
         return sum(self.always.values()) + max(sum(parts.values()) for parts in self.phases.values())
 
     @property
     def fits(self):
+        """Whether that is no more than there is."""
         return self.needed <= self.capacity
 
     def lines(self):

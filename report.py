@@ -59,6 +59,7 @@ def mean(values):
 
 
 def ratio(part, whole):
+    """part / whole; None of nothing."""
     return part / whole if whole else None  # null in JSON
 
 
@@ -172,6 +173,7 @@ def speak(line):
     except OSError as error:
         if not isinstance(error, BrokenPipeError):  # `| head`, for instance, is meant
             print(f"bread.py goes on, though nothing can be printed: {error}", file=sys.stderr)
+        # Or the interpreter, when it ends, would try again to write what is left.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -210,6 +212,7 @@ class Log:
             self.say(note)
 
     def say(self, line):
+        """Print it, on rank 0."""
         if self.speaks:
             speak(line)
 
@@ -258,10 +261,10 @@ class Log:
         row |= {f"tokens/{purpose}": state.tokens.get(purpose, 0) for purpose in PURPOSES}
         # 2 operations a parameter and token forward, 4 backward (arXiv 2604.23747, appendix B).
         forward = row["tokens/sampled"] + row["tokens/prefilled"] + row["tokens/scored"]
-        training = 8 if self.config.recompute else 6
-        row["flops"] = self.num_parameters * (2 * forward + training * row["tokens/trained"])
+        training = (8 if self.config.recompute else 6) * row["tokens/trained"]
+        row["flops"] = self.num_parameters * (2 * forward + training)
         seconds = {"search": 0.0, **state.seconds}
-        row |= {f"seconds/{phase}": round(seconds[phase], 3) for phase in seconds}
+        row |= {f"seconds/{phase}": round(spent, 3) for phase, spent in seconds.items()}
         if state.evals and state.evals[-1]["step"] == state.step:  # an evaluation was due
             row |= state.evals[-1]
         folder.append("metrics.jsonl", row)
@@ -271,8 +274,7 @@ class Log:
         for rollout in trained_group(groups):
             folder.append("samples.jsonl", self.sample(state.step, rollout))
         if self.board:
-            # The first step brings the evaluation before it.
-            write_numbers(self.board, [*state.evals[:1], row] if state.step == 1 else [row])
+            write_numbers(self.board, (state.evals[:1] if state.step == 1 else []) + [row])
         # The time that is left, from the pace of this process alone.
         done = state.progress(self.config)
         seconds_left = (time.time() - self.began) * (1 - done) / max(done - self.before, 1e-9)

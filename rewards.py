@@ -12,6 +12,7 @@ A policy optimises whatever this file accepts, so a wrong answer rewarded costs 
 Model text is never evaluated and no timeout is needed: the scans over a completion are linear, and whatever
 looks closer sees at most MAX_ANSWER characters, which bounds digits and nesting as well.
 """
+import numbers
 import re
 import unicodedata
 from collections import Counter
@@ -42,7 +43,8 @@ def _last_box(text):
     nesting."""
     answer, answer_start = None, -1
     open_braces = []
-    for token in BOX_TOKEN.finditer(text):
+    first = re.search(r"(?<!\\)\\+(?:boxed|fbox)", text)  # a megabyte of braces has none, and is passed over
+    for token in BOX_TOKEN.finditer(text, first.start()) if first else ():
         if token[2] or token[3] is not None:          # \boxed 5, or a box that holds nothing
             answer, answer_start = token[2] or "", token.start()
         elif token[1] or token[0] == "{":
@@ -219,20 +221,23 @@ def parse_gold(answer: str | int | float) -> str | None:
 
     Unwraps `\boxed{}` and `####`, and writes 72.0 as 72. Refused: no letter or digit, over MAX_ANSWER
     characters, what no box can hold, sentences of four words or more, fillers such as "proof". A loader calls
-    this once per row: a row with an unusable gold answer would have reward 0 for ever.
+    this once per row: a row with an unusable gold answer would have reward 0 for ever. TypeError for what is
+    neither text nor a number: None, a list, a tensor.
 
     >>> parse_gold(r"\boxed{\pi}"), parse_gold(72.0), parse_gold("Answer is forty two."), parse_gold("")
     ('\\pi', '72', None, None)
     """
+    if isinstance(answer, bool) or not isinstance(answer, str | numbers.Real):
+        raise TypeError(f"a gold answer is text or a number, not {answer!r:.60}")
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
     text = str(answer)[-MAX_TEXT:].rpartition("####")[2]
     box = _last_box(text)
     text = (text if box is None else box).strip()
     plain = _clean(text) if len(text) <= MAX_ANSWER else ""
-    has_value = any(char.isalnum() for char in plain)
-    can_be_stated = extract_answer(rf"\boxed{{{text}}}") == text
-    return text if has_value and can_be_stated and not NO_GOLD.fullmatch(plain) else None
+    if not any(char.isalnum() for char in plain) or NO_GOLD.fullmatch(plain):
+        return None
+    return text if extract_answer(rf"\boxed{{{text}}}") == text else None
 
 
 def answers_match(given: str, gold: str) -> bool:

@@ -16,8 +16,10 @@ goes to a waiting row, and when none waits the batch shrinks. Devices differ in 
 `PrefixTiles`, `sample`, `capture`. Those below are plain PyTorch; with Triton's (kernels/) a step on CUDA is
 one graph, captured once and replayed as long as the places are kept.
 
-Works with any model that has `model(tokens_BT, positions_BT, cache) -> hidden_BTD`, `model.logits(hidden)`
-and calls `cache.attend(layer, q_BHTC, k_BKTC, v_BKTC) -> out_BHTC` in its layers. Only torch is imported.
+Works with any model in eval mode that has `parameters()`, `model(tokens_BT, positions_BT, cache) ->
+hidden_BTD`, `model.logits(hidden_BTD)` and in its layers, numbered from 0, calls `cache.attend(layer, q_BHTC,
+k_BKTC, v_BKTC) -> out_BHTC` with rotated q and k: a softmax over all earlier tokens, scaled by C**-0.5 here.
+A prefill is one row (B = 1) of sequences end to end, whose positions begin anew. Only torch is imported.
 
 Dimension key: R rows in a batch   V vocabulary   H query heads   K key/value heads, G = H / K   C head size
     N tokens of the trunk   T tiles of M rows   P tokens of a prefix   S own tokens   B, T, D as in the model
@@ -34,11 +36,16 @@ import torch.nn.functional as F
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How to sample. Temperature 0 is greedy. No top-k or top-p: the policy is trained on what it samples."""
+    """How to sample. Temperature 0 is greedy; ValueError below. No top-k or top-p: the policy is trained on
+    what it samples."""
     max_new_tokens: int = 512
     temperature: float = 1.0
     stop_token_ids: tuple = ()
     seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}, it must be 0 (greedy) or more, and finite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +59,8 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Fork:
-    """A branch point: `len(row_ids)` rows continue `sequence` of the trunk after its first `length` tokens.
+    """A branch point: `len(row_ids)` rows continue the trunk's sequence number `sequence` (its place in the
+    list that `prefill` was given) after its first `length` tokens.
     A row's randomness is keyed by (seed, its row id, position) and by nothing else, so give every row of a
     training its own id. At most `max_new_tokens` are sampled (None: as the sampling parameters say).
     """
@@ -65,6 +73,7 @@ class Fork:
 def generate(model, prompts, params, num_samples=1, places=None):
     """`num_samples` completions of every prompt: list of token-id lists -> list of lists of Completion.
     Row ids are prompt index * num_samples + sample index; for control over them use `prefill` and `branch`.
+    Equal seeds repeat their noise in every call: give a training loop's calls different ones. Errors: theirs.
     """
     forks = []
     for i, prompt in enumerate(prompts):
@@ -77,8 +86,11 @@ def branch(model, trunk, forks, params, places=None, progress=None):
     """Sample every row of every fork to its end: list of Fork -> list (per fork) of lists of Completion.
     places: `Places(model, ...)`, worth keeping where steps are captured; None: new ones, at most 256. What is
     sampled does not depend on them. progress(rows that are done, rows in all) is called after every step.
-    Raises ValueError for a fork that lies outside its sequence or may not sample a token.
+    Raises ValueError for a fork that lies outside its sequence or may not sample a token, FloatingPointError
+    for logits that are not finite.
     """
+    if not forks:
+        return []
     rows = Rows(trunk, forks, params)
     places = places or Places(model, min(256, rows.num))
     places.open(trunk, rows)
@@ -132,8 +144,11 @@ class PrefillCache:
         self.kept_N = torch.cat(kept).nonzero().flatten()  # what of all buckets is no padding
 
     def attend(self, layer, q_BHTC, k_BKTC, v_BKTC):
-        """Store the row's K/V in the trunk; attention is causal inside each sequence."""
+        """Store the row's K/V in the trunk; attention is causal inside each sequence. ValueError for a layer
+        that skips a number."""
         stored = self.trunk.stored
+        if 2 * layer > len(stored):
+            raise ValueError(f"layer {layer} came after {len(stored) // 2} others: number them from 0")
         _, K, T, C = k_BKTC.shape
         if 2 * layer == len(stored):
             self.trunk.queries_per_key = q_BHTC.shape[1] // K
@@ -152,12 +167,16 @@ class PrefillCache:
 
 @torch.no_grad()
 def prefill(model, sequences, tokens_per_pass=4096):
-    """Run whole token-id sequences through the model once and keep their K/V: list of lists -> Trunk.
-    Sequences are packed end to end, so that only attention meets padding; a pass holds about
-    `tokens_per_pass` tokens. Raises ValueError where there is nothing to run.
+    """Run whole sequences of token ids, lists or 1-D tensors, through the model once and keep their K/V: a
+    Trunk. They are packed end to end, so that only attention meets padding; a pass holds about
+    `tokens_per_pass` tokens. Raises ValueError where there is nothing to run, TypeError for another model.
     """
+    sequences = [one.tolist() if isinstance(one, torch.Tensor) else one for one in sequences]
     if not sequences or not all(sequences):
         raise ValueError("prefill needs at least one sequence, and every sequence at least one token")
+    missing = [name for name in ("parameters", "logits") if not callable(getattr(model, name, None))]
+    if missing:
+        raise TypeError(f"the model has no {' and no '.join(missing)}(): see the head of sampler.py")
     device = next(model.parameters()).device
     trunk = Trunk([len(sequence) for sequence in sequences])
     hiddens = []
@@ -167,7 +186,11 @@ def prefill(model, sequences, tokens_per_pass=4096):
         tokens = [token for i in members for token in sequences[i]]
         positions = [position for i in members for position in range(trunk.lengths[i])]
         tokens_BT, positions_BT = upload([[tokens], [positions]], device)
-        hiddens.append(model(tokens_BT, positions_BT, PrefillCache(trunk, members, device))[0])
+        hidden_BTD = model(tokens_BT, positions_BT, PrefillCache(trunk, members, device))
+        if getattr(hidden_BTD, "shape", ())[:-1] != tokens_BT.shape or not trunk.stored:
+            raise TypeError(f"the model returned {type(hidden_BTD).__name__} and called cache.attend in "
+                            f"{len(trunk.stored) // 2} layers; hidden states (1, N, D) are needed")
+        hiddens.append(hidden_BTD[0])
     trunk.hidden_ND = torch.cat(hiddens)
     return trunk
 
@@ -504,6 +527,7 @@ def decode_attention(q_RHC, new, own, lengths_R, trunk, tiles):
 
 
 def pick(x_KR, index_R):
+    """Columns of x by their indices; all for None."""
     return x_KR if index_R is None else x_KR.index_select(1, index_R)
 
 

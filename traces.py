@@ -19,6 +19,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import jinja2.sandbox
 import tokenizers
@@ -101,7 +102,8 @@ class Tokenizer:
         return self.encoding(text).ids
 
     def encoding(self, text, markup=False):
-        """`.ids` of a text, and their (start, end) as `.offsets`. `markup`: special tokens are recognised."""
+        """`.ids` of a text, and their (start, end) as `.offsets`. `markup`: special tokens are recognised.
+        ValueError for half a surrogate pair."""
         self._backend.encode_special_tokens = not markup  # True reads "encode them as plain text"
         try:
             return self._backend.encode(text, add_special_tokens=False)  # templates write their own bos
@@ -317,6 +319,14 @@ def make_problem(row, tokenizer, find_cuts, system=None):
     question = messages if len(messages) > 1 else messages[0]["content"]
     return Problem(row.id, tokenizer.render(messages), encoding.ids, cuts, row.answer, question, trace,
                    row.level, row.number)
+
+
+def read_problem(row, tokenizer, find_cuts=None):
+    """{"question", "trace", "answer", "id", "system"}, of which the last three may be absent, as a `Problem`:
+    texts; the question may be messages, the answer a number. find_cuts, ValueError: see `make_problem`."""
+    fields = SimpleNamespace(id=f"{row.get('id', 0)}", messages=row["question"], trace=row["trace"],
+                             answer=f"{row.get('answer', '')}", level="", number=0)
+    return make_problem(fields, tokenizer, find_cuts or (lambda *_: []), row.get("system"))
 
 
 def reach_lines(problems, tokenizer, max_new_tokens):

@@ -314,6 +314,17 @@ def test_evaluation_uses_no_anchor_and_costs_no_training_tokens(make):
 # ---------------------------------------------------------------- advantages and losses
 
 
+def test_losses_take_one_shape():
+    """(B, 1) advantages beside (B, T) log-probs would be broadcast, and rewards of two groups mixed."""
+    x_BT = torch.zeros(2, 3)
+    for arguments in ((x_BT, x_BT, x_BT[:, :1], x_BT), (x_BT, x_BT[0], x_BT, x_BT)):
+        with pytest.raises(ValueError, match="not one shape"):
+            bread.grpo_loss(*arguments, 0.2, 0.2)
+    for rewards in (x_BT, x_BT[0, 0], x_BT[0, :0]):
+        with pytest.raises(ValueError, match=r"not \(G,\)"):
+            bread.group_advantages(rewards)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 17])
 def test_advantages_are_centred_and_divided_by_the_population_std(size):
     """Not with --no-std. Equal rewards give exactly 0: in float32 the mean of 7 times 0.1 is not 0.1."""

@@ -312,7 +312,7 @@ def test_a_refusal_says_what_to_type_and_leaves_the_folder_as_it_is(folder):
         assert f"{folder.path} is in use by another process" in refusal(folder.path, **keywords)
     folder.close()
     for keywords in ({}, {"resume": True, "overwrite": True}):
-        text = f"{folder.path} already holds a run: give either --resume .* --overwrite .* --output"
+        text = f"{folder.path} already holds a run: .*resume.*overwrite.*output"
         assert re.search(text, refusal(folder.path, **keywords))
     (folder.path / "run.json").unlink()
     assert "already holds a run" in refusal(folder.path)
@@ -323,7 +323,7 @@ def test_a_refusal_says_what_to_type_and_leaves_the_folder_as_it_is(folder):
     assert names(folder.path) == ["checkpoint-500"] and len(names(path)) == 3
     assert "no complete checkpoint to resume from" in refusal(folder.path / "new", resume=True)
     for unwritable in (path / "merges.txt", path / "merges.txt" / "below", Path("/proc")):  # also to root
-        assert f"{unwritable} is no folder that can be written, give another --output" in refusal(unwritable)
+        assert f"{unwritable} is no folder that can be written, take another" in refusal(unwritable)
 
 
 def test_overwrite_removes_what_a_run_writes_and_nothing_else(folder):

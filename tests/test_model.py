@@ -220,6 +220,28 @@ def test_a_product_of_few_rows_is_that_of_many(rows):
     assert linear.packed is None, "training gets the memory"
 
 
+@torch.no_grad()
+def test_a_product_takes_the_weight_that_is_there():
+    """A new one of the same version, other memory, an adapter that is loaded between two samplings."""
+    linear = Linear(512, 600)
+    x_BTD = torch.randn(8, 1, 512)
+
+    def error():
+        return (linear(x_BTD) - F.linear(x_BTD, linear.weight, linear.bias)).abs().max()
+    assert error() < 1e-4
+    linear.weight = torch.nn.Parameter(torch.randn(600, 512))
+    assert error() < 1e-3
+    linear.weight.data = torch.randn(600, 512)
+    assert error() < 1e-3
+    scale = torch.ones(1)
+    adapter = torch.nn.Module()
+    adapter.forward = lambda weight: weight * scale
+    torch.nn.utils.parametrize.register_parametrization(linear, "weight", adapter)
+    assert error() < 1e-3
+    scale.fill_(3.0)
+    assert error() < 1e-3
+
+
 def test_random_weights_are_seeded_and_start_small():
     """initialize: one seed, one model; biases are 0, norms 1, matrices of standard deviation 0.02."""
     config = ModelConfig.from_dict(CASES["llama_biases"]["transformers4"])
@@ -289,6 +311,19 @@ def test_large_models_are_saved_in_shards_that_replace_each_other(tmp_path):
         assert {file.stat().st_mode for file in saved.iterdir()} == {(saved / "config.json").stat().st_mode}
     first.save_pretrained(saved)
     assert {file.name for file in saved.iterdir()} == {"config.json", WEIGHTS}
+
+
+def test_what_nobody_could_load_is_not_saved(tmp_path):
+    """A module that was wrapped, or parametrized and not merged: refused, and no file is written."""
+    model = load(tmp_path)
+    linear = model.model["layers"][0].self_attn.o_proj
+    torch.nn.utils.parametrize.register_parametrization(linear, "weight", torch.nn.Identity())
+    with pytest.raises(ValueError, match="merge what was wrapped or parametrized first"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    torch.nn.utils.parametrize.remove_parametrizations(linear, "weight")
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits_of(Transformer.from_pretrained(tmp_path / "saved")), logits_of(model))
 
 
 def test_a_model_is_never_saved_over_its_source(tmp_path):

@@ -125,6 +125,17 @@ def test_low_precision_is_no_worse_than_without_sharing(device):
     assert ours < 1.5 * theirs and theirs < 0.5, (ours, theirs)
 
 
+def test_under_autocast_gradients_are_near():
+    """q and k come out of the rotation in float32, v in bf16, as wherever torch.autocast is used."""
+    groups = make_groups(MIXED)
+    expected = unshared(make_model(), groups)
+    model = make_model(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert error(shared(model, groups), expected) < 0.5
+    with pytest.raises(ValueError, match="a row or more"):
+        forward_suffixes(model, Prefixes(model, [[1]]), [])
+
+
 def test_the_loss_reaches_the_prefix_through_backward_and_only_once():
     """Without `backward` a token that only the prefix holds has no gradient; a second one is refused."""
     model = make_model()

@@ -31,6 +31,14 @@ class Late(Ranks):
         return [mine]
 
 
+def test_tensors_of_a_borrower_are_nobodys():
+    """An average of weights beside the optimizer's, by any name: not owned, and not in the way."""
+    optimizer = MasterAdamW([torch.nn.Parameter(torch.ones(2))], Ranks("cpu"))
+    assert optimizer.owns("0.master")
+    assert not any(optimizer.owns(name) for name in ("1.master", "ema.w", "ema", ""))
+    optimizer.restore({**dict(optimizer.state()), "ema.w": torch.zeros(3)})
+
+
 def test_one_process_joins_nobody_and_loses_no_signal():
     """A signal that comes when all have said that there was none ends the run after the next step; the second
     one of its kind is the system's again."""

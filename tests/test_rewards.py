@@ -165,6 +165,14 @@ def test_hostile_text_is_judged_in_bounded_time(name):
     parse_gold(HOSTILE[name])
 
 
+@pytest.mark.parametrize("gold", [None, ["5"], True, {"a": 5}])
+def test_a_gold_answer_of_another_kind_is_refused(gold):
+    """It would be a reward of 0 for ever. What no box can hold is none; an integer is text."""
+    with pytest.raises(TypeError, match="text or a number"):
+        math_reward("So \\boxed{5}.", gold)
+    assert math_reward("So \\boxed{5}.", 5) == 1 and parse_gold("5 </think>") is None
+
+
 def test_only_the_last_box_within_the_window_counts():
     """Boxing every candidate earns nothing; a completion is read from its end, up to MAX_TEXT characters."""
     boxes = "".join(rf"\boxed{{{n}}}" for n in range(20_000))

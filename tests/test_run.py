@@ -308,7 +308,7 @@ def test_resume_and_output_refuse_another_run_and_touch_nothing(flags, data, tmp
     files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for more, content, words in (
             ("--resume --seed 1", text, "--resume: "), ("--resume --lr 2e-3", text, "--resume: "),
-            ("--resume --group-size 5", text, "--resume: "), ("", text, "--overwrite"),
+            ("--resume --group-size 5", text, "--resume: "), ("", text, "(overwrite)"),
             ("--resume --steps 4", text.replace("start", "begin", 1), "--resume: ")):
         capsys.readouterr()
         assert run(more, content) == 2 and words in one_line(capsys)
@@ -487,8 +487,8 @@ def test_only_methods_that_use_traces_need_them(flags, tmp_path, data, capsys):
     assert "warning: 12 of 12 held-out questions are trained on, too" in capsys.readouterr().out
     silent = tmp_path / "silent.jsonl"
     silent.write_text("".join(json.dumps(row | {"trace": "Step 1.\n\nDone."}) + "\n" for row in rows))
-    more = f"--data {silent} --eval-data '' --steps 1 --max-new-tokens 8"
-    assert bread.main(flags(tmp_path / "silent", more)) == 0
+    no_answers = f"--data {silent} --eval-data '' --steps 1 --max-new-tokens 8"
+    assert bread.main(flags(tmp_path / "silent", no_answers)) == 0
     assert "warning: 12 of 12 traces state no answer that the reward can read" in capsys.readouterr().out
     assert read_lines(tmp_path / "grpo" / "metrics.jsonl")[-1]["anchor/shown"] == 0
     capsys.readouterr()
@@ -541,7 +541,7 @@ def test_a_reward_that_fails_ends_the_run_and_leaves_its_completion(flags, tmp_p
 
 
 @pytest.mark.parametrize("action, words", [
-    ("return []", "2 groups, lists of Rollout"), ("return (x for x in [])", "2 groups, lists of Rollout"),
+    ("return []", "groups, lists of Rollout"), ("return (x for x in [])", "groups, lists of Rollout"),
     ("state.memory['a'] = {1}", "state.memory holds {1}"),
     ("raise RuntimeError('DefaultCPUAllocator: not enough memory')", "out of memory: give"),
     ("raise FloatingPointError('NaN (base, step 3)')", "NaN (base, step 3); nothing more was saved")])

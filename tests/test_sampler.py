@@ -213,6 +213,35 @@ def test_every_fork_has_its_own_length_limit(model):
     assert {c.finish_reason for c in sum(groups, [])} == {"length"}
 
 
+def test_a_borrowers_slips_are_named(model):
+    """A model that lacks a method, returns a tuple, or begins with layer 1; a temperature below 0. Tensors
+    are prompts, too, and no forks no rows."""
+    with pytest.raises(TypeError, match=r"no logits\(\)"):
+        prefill(types.SimpleNamespace(parameters=model.parameters), [[1]])
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, first):
+            super().__init__()
+            self.model = model
+            self.logits = model.logits
+            self.first = first
+
+        def forward(self, tokens_BT, positions_BT, cache):
+            shifted = types.SimpleNamespace(attend=lambda layer, *qkv: cache.attend(layer + self.first, *qkv))
+            hidden_BTD = self.model(tokens_BT, positions_BT, shifted)
+            return (hidden_BTD,) if self.first == 0 else hidden_BTD
+    with pytest.raises(TypeError, match="returned tuple"):
+        prefill(Wrapped(0), [[1]])
+    with pytest.raises(ValueError, match="layer 1 came after 0 others"):
+        prefill(Wrapped(1), [[1]])
+    for temperature in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="must be 0 .greedy. or more"):
+            SamplingParams(temperature=temperature)
+    params = SamplingParams(4)
+    assert_same(generate(model, torch.tensor([ids(9)]), params), generate(model, [ids(9)], params))
+    assert branch(model, prefill(model, [ids(5)]), [], params) == []
+
+
 def test_same_seed_same_tokens_and_rows_of_a_group_differ(model):
     """8 samples of 30 tokens: the chance that two agree is below 1e-10 at an entropy above 1 nat."""
     first, again = (generate(model, [ids(6)], SamplingParams(30, seed=11), 8) for _ in range(2))

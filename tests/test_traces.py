@@ -16,7 +16,7 @@ from conftest import ROOT
 from cuts import find_cuts, first_statement
 from data import Row
 from rewards import answers_match, math_reward
-from traces import HINT, Tokenizer, make_problem, reach_lines
+from traces import HINT, Tokenizer, make_problem, reach_lines, read_problem
 
 DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the public test data is not here")
@@ -401,6 +401,15 @@ def test_what_the_reward_pays_is_a_statement(tokenizer):
             num_paid += 1
             assert first_statement(text + "\n\nlast", gold, answers_match) < len(text), (gold, text)
     assert num_paid > 1000
+
+
+def test_a_problem_from_a_dict_in_memory(tokenizer):
+    """Without a file: question, trace and a number for an answer."""
+    cut = functools.partial(find_cuts, matches=answers_match)
+    row = {"question": ASKED, "trace": TRACE, "answer": 12}
+    problem = read_problem(row, tokenizer, cut)
+    assert problem.answer == "12" and problem.cuts and tokenizer.decode(problem.expert_ids) == TRACE.strip()
+    assert problem.prompt_ids == tokenizer.render(ASKED) and read_problem(row, tokenizer).cuts == []
 
 
 def test_a_token_beyond_the_embedding_is_named(tokenizer):
