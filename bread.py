@@ -264,7 +264,7 @@ def train(config):
             lr = learning_rate(config, state)
             batch = ranks.share(next_problems(problems, config, state.step))
             with report.clock(state.seconds, "sample"):
-                groups = checked(method(policy, batch, state), state)                   # 1, 2, 3
+                groups = checked(method(policy, batch, state), batch, state)            # 1, 2, 3
             set_advantages(groups, divide_by_std=not config.no_std)                     # 4
             with report.clock(state.seconds, "update"):
                 sums, norms = update(policy, optimizer, ranks, groups, lr, loss_of)     # 5
@@ -286,9 +286,9 @@ def train(config):
     return 128 + ranks.signal if ranks.signal else 0
 
 
-def checked(groups, state):
+def checked(groups, problems, state):
     """What a method returned, a user's too, or a TypeError: a list of groups, which are lists of rollouts."""
-    is_right = isinstance(groups, list) and groups != []
+    is_right = isinstance(groups, list) and bool(groups) == bool(problems)
     for group in groups if is_right else []:
         is_right &= isinstance(group, list) and group != [] and all(isinstance(one, Rollout) for one in group)
     if not is_right:

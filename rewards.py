@@ -227,7 +227,7 @@ def parse_gold(answer: str | int | float) -> str | None:
     >>> parse_gold(r"\boxed{\pi}"), parse_gold(72.0), parse_gold("Answer is forty two."), parse_gold("")
     ('\\pi', '72', None, None)
     """
-    if isinstance(answer, bool) or not isinstance(answer, str | numbers.Real):
+    if isinstance(answer, bool) or not isinstance(answer, str | numbers.Number):
         raise TypeError(f"a gold answer is text or a number, not {answer!r:.60}")
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
