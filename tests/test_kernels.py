@@ -108,9 +108,14 @@ def results(name, case):
     ("decode_attention", "tiles", lambda x: x._replace(rows_TM=x.rows_TM.T.contiguous().T), "gaps"),
 ])
 def test_wrong_arguments_are_named(name, ending, change, given):
-    """A wrong shape, dtype, stride, size or temperature: what was given and what to type."""
+    """A wrong shape, dtype, stride, size or temperature: what was given and what to type. The head's plain
+    twin refuses the same, in the same words."""
+    arguments = changed_arguments(name, ending, change)
     with pytest.raises(ValueError, match=f"^{name}: .*{re.escape(given)}.*type ."):
-        results(name, changed_arguments(name, ending, change))
+        results(name, arguments)
+    if name == "linear_logprob":
+        with pytest.raises(ValueError, match=f"^{name}: .*{re.escape(given)}.*type ."):
+            model.linear_logprob(**arguments)
 
 
 def stepped(x):
