@@ -27,7 +27,6 @@ import itertools
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
 # torch 2.11 takes fewer key/value heads as they are, 2.12 wants to be told.
@@ -236,6 +235,7 @@ class Ragged:
         # Variable-length flash attention is one call, where a GPU has it: an update is up to 4 times as fast
         # (docs/TRIED.md). Elsewhere each sequence has a call of its own, as fast on a CPU.
         self.flash = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        self.masks = {}  # (queries, keys) of a sequence: for all layers, as autograd keeps it
         if self.flash:
             self.ends = [torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
                          for lengths in self.lengths]
@@ -250,10 +250,20 @@ class Ragged:
         queries, keys = self.lengths
         rows = zip(q_NHC.transpose(0, 1).split(queries, 1), k_MKC.transpose(0, 1).split(keys, 1),
                    v_MKC.transpose(0, 1).split(keys, 1))
-        outs = [F.scaled_dot_product_attention(q[None], k[None], v[None], enable_gqa=True,
-                                               attn_mask=causal_lower_right(q.shape[1], k.shape[1]))[0]
-                for q, k, v in rows if q.shape[1]]  # an empty prefix has no queries
-        return torch.cat(outs, 1).transpose(0, 1)
+        outs = []
+        for q, k, v in rows:
+            if q.shape[1]:  # an empty prefix has no queries
+                options = {"is_causal": True} if q.shape[1] == k.shape[1] else {"attn_mask": self.mask(q, k)}
+                qkv = q[None], k[None], v[None]
+                outs.append(F.scaled_dot_product_attention(*qkv, enable_gqa=True, **options))
+        return torch.cat(outs, 2)[0].transpose(0, 1)
+
+    def mask(self, q_HRC, k_KMC):
+        """(R, M): 0 at the keys that a query sees, the last one all of them; else -infinity."""
+        size = q_HRC.shape[1], k_KMC.shape[1]
+        if size not in self.masks:
+            self.masks[size] = q_HRC.new_full(size, -torch.inf).triu(size[1] - size[0] + 1)
+        return self.masks[size]
 
 
 class Gather(torch.autograd.Function):

@@ -92,9 +92,9 @@ def activations(shape, size, tokens, copies, recompute):
     D, C = shape.hidden_size, shape.head_dim
     H, K = shape.num_attention_heads, shape.num_key_value_heads
     inner = shape.intermediate_size
-    token = 6 * D + (H + 2 * K) * C + (H + K) * C + 3 * H * C + 2 * K * C + 4 * inner
+    token = 6 * D + (H + K) * C + 3 * H * C + 2 * K * C + 4 * inner
     if shape.model_type == "qwen3":
-        token += (H + K) * C
+        token += 2 * (H + K) * C
     layer = size * (token * tokens + 2 * K * C * copies)
     # Gradients of the layer that is on its way back.
     backward = size * tokens * 6 * inner

@@ -41,11 +41,11 @@ OURS = {path.stem for path in ROOT.glob("*.py")} | {"kernels"}
 # then damage of the right size and what is in the way (38), what a method returned (17), a tokenizer's fields
 # and links that lead nowhere (40), limits of RoPE (20), rows of run.json (12). For borrowers: a contract that
 # is checked (22), contexts that are split (16), what nobody could load (9), equal refusals of heads (10).
-LINES = {"bread.py": 1015, "config.py": 316, "model.py": 637, "sampler.py": 601, "packing.py": 273,
+LINES = {"bread.py": 1015, "config.py": 316, "model.py": 637, "sampler.py": 601, "packing.py": 283,
          "parallel.py": 273, "traces.py": 358, "data.py": 245, "rewards.py": 300, "checkpoint.py": 311,
          "plan.py": 229, "report.py": 571, "cuts.py": 202, "evaluation.py": 88, "endings.py": 67,
          "kernels": 727}
-SHIPPED_LINES = 6213
+SHIPPED_LINES = 6223
 TEST_LINES = 7510  # methods 289, fused kernels 220, properties 318, TRL and BORROW 322
 # and graphs, 360 memory: the plan, masters, halves, files of all ranks
 BENCH_LINES = 2394  # anchors.py 114; memory.py, trl_step.py 230; soak.py 187

@@ -354,4 +354,4 @@ def test_bad_input_that_one_process_knows_of_ends_all(flags, tmp_path):
     """A folder with a run in it, which the process that writes sees; and not after an hour."""
     (tmp_path / "run.json").write_text("{}")
     code, _, err = torchrun(2, ROOT / "bread.py", *flags(tmp_path))
-    assert code != 0 and err.count("bread.py: ") == 1 and "--overwrite" in err
+    assert code != 0 and err.count("bread.py: ") == 1 and "(overwrite)" in err
